@@ -1,0 +1,67 @@
+"""The SQLAlchemy session of the current request, anywhere in an async service."""
+
+from ._connection import DBConnect
+from ._context import new_ctx, reset_db_session_ctx, run_in_new_ctx
+from ._core import BACKEND, db_session, db_session_nowait, init_db_session_ctx, is_context_initiated
+from ._errors import (
+    ContextAlreadyInitiatedError,
+    ContextClosedError,
+    ContextNotInitiatedError,
+    PartialCommitError,
+    SessionNotReadyError,
+)
+from ._middleware import ASGIHTTPDBSessionMiddleware
+from ._sessions import (
+    atomic_db_session,
+    auto_commit_by_status_code,
+    close_all_sessions,
+    close_db_session,
+    commit_all_sessions,
+    commit_db_session,
+    get_db_session_from_context,
+    new_non_ctx_atomic_session,
+    new_non_ctx_session,
+    pop_db_session_from_context,
+    put_db_session_to_context,
+    rollback_all_sessions,
+    rollback_db_session,
+)
+from ._settling import BeforeCommitCallback
+
+__all__ = [
+    "BACKEND",
+    "ASGIHTTPDBSessionMiddleware",
+    "BeforeCommitCallback",
+    "ContextAlreadyInitiatedError",
+    "ContextClosedError",
+    "ContextNotInitiatedError",
+    "DBConnect",
+    "PartialCommitError",
+    "SessionNotReadyError",
+    "atomic_db_session",
+    "auto_commit_by_status_code",
+    "close_all_sessions",
+    "close_db_session",
+    "commit_all_sessions",
+    "commit_db_session",
+    "db_session",
+    "db_session_nowait",
+    "get_db_session_from_context",
+    "init_db_session_ctx",
+    "is_context_initiated",
+    "new_ctx",
+    "new_non_ctx_atomic_session",
+    "new_non_ctx_session",
+    "pop_db_session_from_context",
+    "put_db_session_to_context",
+    "reset_db_session_ctx",
+    "rollback_all_sessions",
+    "rollback_db_session",
+    "run_in_new_ctx",
+]
+
+for _name in __all__:
+    _public = globals()[_name]
+    if getattr(_public, "__module__", "").startswith(f"{__name__}."):
+        _public.__module__ = __name__
+del _name, _public

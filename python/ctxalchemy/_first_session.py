@@ -1,0 +1,65 @@
+"""The first session of a connection in a context: made once, however many ask at the same time."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from ._connection import DBConnect
+from ._errors import SessionNotReadyError, closed_context
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncSession
+
+
+class Store(Protocol):
+    """What is needed here of either backend's ``SessionStore``."""
+
+    @property
+    def closed(self) -> bool: ...
+    def get(self, connection: DBConnect, /) -> AsyncSession | None: ...
+    def put(self, connection: DBConnect, session: AsyncSession, /) -> None: ...
+
+
+async def first_session(store: Store, connect: DBConnect) -> AsyncSession:
+    """Make the session and put it into the store; wait for whoever is making it already.
+
+    A caller that fails or is cancelled takes nobody down: the next one in line tries for itself.
+    """
+    _check(store, connect)
+    if connect.before_create_session_handler is None:
+        return first_session_nowait(store, connect)
+    async with connect._turn(store):
+        session = store.get(connect)
+        if session is not None:
+            return session
+        session = await connect.create_session()
+        # The handler may have been slow.  Nothing began in the session, so giving it up awaits nothing.
+        if store.closed:
+            session.sync_session.close()
+            raise closed_context()
+        put_meanwhile = store.get(connect)
+        if put_meanwhile is not None:
+            session.sync_session.close()
+            return put_meanwhile
+        store.put(connect, session)
+        return session
+
+
+def first_session_nowait(store: Store, connect: DBConnect) -> AsyncSession:
+    """Make the session and put it into the store, where that needs no waiting."""
+    _check(store, connect)
+    if connect.before_create_session_handler is not None:
+        raise SessionNotReadyError(
+            "there is no session yet, and before_create_session_handler has to be awaited to make it: "
+            "call 'await db_session(connect)' first"
+        )
+    session = connect._create_session_nowait()
+    store.put(connect, session)
+    return session
+
+
+def _check(store: Store, connect: object) -> None:
+    if store.closed:
+        raise closed_context()
+    if not isinstance(connect, DBConnect):
+        raise TypeError(f"expected a DBConnect, got {type(connect).__name__}: {connect!r}")

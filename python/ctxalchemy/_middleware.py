@@ -1,0 +1,151 @@
+"""The ASGI middleware: a context for each request, settled by its response."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from . import _settling
+from ._core import SessionStore, current, enter, leave
+from ._settling import BeforeCommitCallback
+
+# The types of the ASGI specification, as in asgiref and Starlette: https://asgi.readthedocs.io/en/latest/specs/main.html
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+CommitIf = Callable[[int], bool]
+
+_SCOPE_KEY = "ctxalchemy"
+
+
+class ASGIHTTPDBSessionMiddleware:
+    """Give each HTTP request a context, and settle it by the response.
+
+    It commits before the response starts: who sees a success can read what was written, and a commit
+    that fails is never a success.  The context stays open until the application returns, for streams
+    and background tasks; what these did is committed then, or rolled back where they fail.  Then
+    everything is closed.
+
+    Args:
+        app: the ASGI application.
+        before_commit: awaited with each session before it is committed.
+        commit_if: called with the status of the response; tells whether to commit.  By default a status
+            below 400 commits.
+        websocket: give WebSocket connections a context too, committed when the application returns,
+            rolled back when it raises.
+
+    Raises:
+        TypeError: ``before_commit`` or ``commit_if`` cannot be called.
+
+    Example:
+        >>> app = ASGIHTTPDBSessionMiddleware(app)
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        before_commit: BeforeCommitCallback | None = None,
+        *,
+        commit_if: CommitIf | None = None,
+        websocket: bool = False,
+    ) -> None:
+        for name, function in (("before_commit", before_commit), ("commit_if", commit_if)):
+            if function is not None and not callable(function):
+                raise TypeError(f"{name} must be callable, not {type(function).__name__}: {function!r}")
+        self.app = app
+        self.before_commit = before_commit
+        self.commit_if = commit_if if commit_if is not None else is_success
+        self.websocket = websocket
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one ASGI connection."""
+        is_http = scope["type"] == "http"
+        if not (is_http or (self.websocket and scope["type"] == "websocket")) or joins_context(scope):
+            await self.app(scope, receive, send)
+            return
+        store = enter()
+        mark_context(scope)
+        try:
+            if is_http:
+                response = _Response(store, send, self.before_commit, self.commit_if)
+                await self.app(scope, receive, response.send)
+                await response.complete()
+            else:
+                await self.app(scope, receive, send)
+                await _settling.commit_all(store, self.before_commit)
+            await _settling.close_all(store.close())
+        except BaseException as error:
+            await _settling.abort(store, error)
+            raise
+        finally:
+            leave(store)
+
+
+class _Response:
+    """What the application sends, and what is settled before it goes out."""
+
+    __slots__ = ("_before_commit", "_commit_if", "_failure", "_send", "_started", "_store")
+
+    def __init__(
+        self, store: SessionStore, send: Send, before_commit: BeforeCommitCallback | None, commit_if: CommitIf
+    ) -> None:
+        self._store = store
+        self._send = send
+        self._before_commit = before_commit
+        self._commit_if = commit_if
+        self._started = False
+        self._failure: BaseException | None = None
+
+    async def send(self, message: Message) -> None:
+        if not self._started:
+            if message["type"] == "http.response.start":
+                await self._settle(message["status"])
+                self._started = True
+            elif self._failure is not None:
+                # The rest of a response that was not let out.
+                raise self._failure
+        await self._send(message)
+
+    async def _settle(self, status: int) -> None:
+        if not self._commit_if(status):
+            await _settling.rollback_all(self._store)
+            return
+        if self._failure is not None:
+            # The application caught the failed commit; it may still answer, but not with a success.
+            raise self._failure
+        try:
+            await _settling.commit_all(self._store, self._before_commit)
+        except BaseException as error:
+            self._failure = error
+            raise
+
+    async def complete(self) -> None:
+        """Settle what came after the start of the response, or what got none."""
+        if self._started:
+            await _settling.commit_all(self._store, self._before_commit)
+        elif self._failure is not None:
+            raise self._failure
+        else:
+            await _settling.rollback_all(self._store)
+
+
+def is_success(status: int) -> bool:
+    """Return whether a response with this status is a success: below 400."""
+    return status < 400
+
+
+def joins_context(scope: Scope) -> bool:
+    """Return whether the request is to be served in the context that is current.
+
+    It is where a test or the application's own code opened that by hand, and where the middleware did
+    further out, for this very request.  A request made in process by another one has a scope of its own.
+    """
+    store = current()
+    return store is not None and not store.closed and (store.manual or scope.get(_SCOPE_KEY) is store)
+
+
+def mark_context(scope: Scope) -> None:
+    """Say that the current context is that of this request."""
+    scope[_SCOPE_KEY] = current()

@@ -1,0 +1,409 @@
+"""Commit, roll back and close sessions: the one place that does it, to one or to several.
+
+While nothing goes wrong, all of it runs in the caller's task.  At the first failure, and a cancellation
+is one, what is left to do moves to a task of its own, where no further cancellation reaches it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, NoReturn, cast
+
+from sqlalchemy import event
+from sqlalchemy.exc import IllegalStateChangeError, InvalidRequestError
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm.session import _SessionCloseState
+from sqlalchemy.util import greenlet_spawn
+
+from ._errors import PartialCommitError, closed_context
+from ._finishing import add_note, finish
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection, Dialect
+    from sqlalchemy.engine.interfaces import DBAPIConnection
+    from sqlalchemy.orm import Session, SessionTransaction
+    from sqlalchemy.pool import ConnectionPoolEntry
+    from sqlalchemy.pool.base import _ConnectionFairy
+
+    from ._connection import DBConnect
+    from ._core import SessionStore
+
+    _Held = tuple[Dialect, ConnectionPoolEntry | None, DBAPIConnection | None]
+
+BeforeCommitCallback = Callable[[AsyncSession], Coroutine[Any, Any, None]]
+
+
+# --- the sessions of a context -----------------------------------------------------------------------
+
+
+async def commit_all(store: SessionStore, before_commit: BeforeCommitCallback | None = None) -> None:
+    """Commit all sessions in a transaction, those that a hook or another task begins meanwhile too."""
+    seen: dict[int, AsyncSession] = {}
+    committed: list[DBConnect] = []
+    failed: list[DBConnect] = []
+    try:
+        while batch := await _prepare(store, seen, before_commit):
+            for connection, session in batch:
+                if session.in_transaction():
+                    failed = [connection]
+                    await commit_session(session)
+                    committed.append(connection)
+                    failed = []
+    except BaseException as error:
+        begun = list(_begun(store, {}))
+        failed += [connection for connection, _ in begun if connection not in failed]
+        if begun:
+            await _after(error, rollback_session, *(session for _, session in begun))
+        if committed:
+            partial = PartialCommitError(committed, failed)
+            if isinstance(error, Exception):
+                raise partial from error
+            error.add_note(str(partial))
+        raise
+
+
+async def rollback_all(store: SessionStore) -> None:
+    """Roll back all sessions in a transaction, whichever of them fail."""
+    await _for_each(rollback_session, (session for _, session in _begun(store, {})), "rolled back")
+
+
+async def close_all(sessions: Iterable[tuple[DBConnect, AsyncSession]]) -> None:
+    """Close sessions that have left their context, whichever of them fail."""
+    await _for_each(close_session, (session for _, session in sessions), "closed")
+
+
+async def abort(store: SessionStore, error: BaseException) -> None:
+    """Close the context because of this error: roll everything back, close it; failures become notes."""
+    left = [session for _, session in store.close() if not _close_idle(session)]
+    if left:
+        await _after(error, close_session, *left)
+
+
+async def _prepare(
+    store: SessionStore, seen: dict[int, AsyncSession], before_commit: BeforeCommitCallback | None
+) -> list[tuple[DBConnect, AsyncSession]]:
+    batch = []
+    for connection, session in _begun(store, seen):
+        if before_commit is not None:
+            await before_commit(session)
+        batch.append((connection, session))
+    if len(batch) > 1:
+        for _, session in batch:
+            await session.flush()
+    return batch
+
+
+def _begun(store: SessionStore, seen: dict[int, AsyncSession]) -> Iterator[tuple[DBConnect, AsyncSession]]:
+    """Each session in a transaction once, however the store changes between two of them."""
+    found = True
+    while found:
+        found = False
+        for connection, session in store.items():
+            if id(session) not in seen and session.in_transaction():
+                found = True
+                seen[id(session)] = session
+                yield connection, session
+
+
+async def _for_each(
+    operation: Callable[[AsyncSession], Awaitable[None]], sessions: Iterator[AsyncSession], done: str
+) -> None:
+    for session in sessions:
+        try:
+            await operation(session)
+        except BaseException as error:
+            failures = [error]
+            await _out_of_reach(error, operation, sessions, failures)
+            _raise(failures, f"several sessions could not be {done}")
+
+
+async def _after(
+    error: BaseException, operation: Callable[[AsyncSession], Awaitable[None]], *sessions: AsyncSession
+) -> None:
+    """Do this to the sessions because of an error; what fails becomes its notes."""
+    failures: list[BaseException] = []
+    try:
+        await _out_of_reach(error, operation, sessions, failures)
+    finally:
+        for later in failures:
+            add_note(error, f"then {operation.__name__} failed", later)
+
+
+async def _out_of_reach(
+    error: BaseException,
+    operation: Callable[[AsyncSession], Awaitable[None]],
+    sessions: Iterable[AsyncSession],
+    failures: list[BaseException],
+) -> None:
+    """Do this to each session where no cancellation reaches it."""
+    if isinstance(error, GeneratorExit):
+        # The coroutine is being thrown away, and may not await.
+        _drop(sessions, failures)
+    else:
+        await finish(_attempt(operation, sessions, failures))
+
+
+async def _attempt(
+    operation: Callable[[AsyncSession], Awaitable[None]],
+    sessions: Iterable[AsyncSession],
+    failures: list[BaseException],
+) -> None:
+    for session in sessions:
+        try:
+            await operation(session)
+        except BaseException as error:
+            failures.append(error)
+
+
+def _raise(failures: list[BaseException], message: str) -> NoReturn:
+    first, *others = failures
+    if others and all(isinstance(each, Exception) for each in failures):
+        raise BaseExceptionGroup(message, failures)
+    for later in others:
+        add_note(first, "and for another session", later)
+    raise first
+
+
+# --- one session -------------------------------------------------------------------------------------
+#
+# A method that a subclass of AsyncSession overrides is called; else the work of several methods shares
+# one greenlet.  Other objects, such as test doubles, are only known by their public methods.
+
+
+async def commit_session(session: AsyncSession) -> None:
+    """Commit the session; where that fails, its connection does not go back to the pool."""
+    if _keeps(session, "commit"):
+        await greenlet_spawn(_commit, session.sync_session)
+        return
+    try:
+        if isinstance(session, AsyncSession):
+            _refuse_if_busy(session.sync_session)
+        await session.commit()
+    except BaseException as error:
+        await _invalidate_after(error, session)
+        raise
+
+
+async def rollback_session(session: AsyncSession) -> None:
+    """Roll the session back; where that fails, its connection does not go back to the pool."""
+    if _keeps(session, "rollback"):
+        await greenlet_spawn(_rollback, session.sync_session)
+        return
+    held = await greenlet_spawn(_cut_busy, session.sync_session) if isinstance(session, AsyncSession) else []
+    try:
+        await session.rollback()
+    except BaseException as error:
+        await _invalidate_after(error, session)
+        if isinstance(error, Exception):
+            await finish(greenlet_spawn(_give_up, held))
+        raise
+
+
+async def close_session(session: AsyncSession) -> None:
+    """Roll back what the session has open, and close it for good."""
+    if _close_idle(session):
+        return
+    if _keeps(session, "rollback") and _keeps(session, "close"):
+        await greenlet_spawn(_rollback_and_close, session.sync_session)
+        return
+    try:
+        try:
+            if session.in_transaction():
+                await rollback_session(session)
+        finally:
+            await session.close()
+    except BaseException as error:
+        await _invalidate_after(error, session)
+        raise
+    finally:
+        if isinstance(session, AsyncSession):
+            _end(session.sync_session)
+
+
+@asynccontextmanager
+async def atomic(session: AsyncSession) -> AsyncIterator[None]:
+    """A transaction for a block: committed at its end, rolled back by whatever ends it early."""
+    try:
+        if not session.in_transaction():
+            await session.begin()
+        yield
+        if session.in_transaction():
+            await commit_session(session)
+    except BaseException as error:
+        if session.in_transaction():
+            await _after(error, rollback_session, session)
+        raise
+
+
+@asynccontextmanager
+async def closing(session: AsyncSession) -> AsyncIterator[None]:
+    """Close the session after a block, however it ends."""
+    try:
+        yield
+    except BaseException as error:
+        if not _close_idle(session):
+            await _after(error, close_session, session)
+        raise
+    else:
+        await close_session(session)
+
+
+def _close_idle(session: AsyncSession) -> bool:
+    """Close the session if that takes no I/O: a session without a transaction holds no connection."""
+    if not _keeps(session, "close") or session.in_transaction():
+        return False
+    session.sync_session.close()
+    _end(session.sync_session)
+    return True
+
+
+def _keeps(session: AsyncSession, method: str) -> bool:
+    return isinstance(session, AsyncSession) and getattr(type(session), method) is getattr(AsyncSession, method)
+
+
+async def _invalidate_after(error: BaseException, session: AsyncSession) -> None:
+    if isinstance(session, AsyncSession) and session.in_transaction():
+        await _after(error, _invalidate_session, session)
+
+
+async def _invalidate_session(session: AsyncSession) -> None:
+    await greenlet_spawn(_invalidate, session.sync_session)
+
+
+def _drop(sessions: Iterable[AsyncSession], failures: list[BaseException]) -> None:
+    """Give up sessions where nothing can be awaited any more: their connections are cut."""
+    for session in sessions:
+        if isinstance(session, AsyncSession):
+            try:
+                _invalidate(session.sync_session)
+            except Exception as error:
+                failures.append(error)
+            _end(session.sync_session)
+
+
+# --- inside the greenlet -----------------------------------------------------------------------------
+
+
+def _commit(session: Session) -> None:
+    # What fails in the flush has a known state: SQLAlchemy has rolled it back.
+    session.flush()
+    try:
+        _refuse_if_busy(session)
+        session.commit()
+    except BaseException:
+        _invalidate(session)
+        raise
+
+
+def _rollback(session: Session) -> None:
+    held = _cut_busy(session)
+    try:
+        session.rollback()
+    except IllegalStateChangeError:
+        _abandon(session)
+    except BaseException:
+        _give_up(held)
+        raise
+
+
+def _rollback_and_close(session: Session) -> None:
+    try:
+        _rollback(session)
+    finally:
+        try:
+            session.close()
+        except IllegalStateChangeError:
+            _abandon(session)
+        finally:
+            _end(session)
+
+
+def _cut_busy(session: Session) -> list[_Held]:
+    """Give up the connections on which another task is in the middle of a statement; return the others.
+
+    asyncpg could not roll them back, and whoever got such a connection next would find it there.  To
+    give it up ends the statement.
+    """
+    held: list[_Held] = []
+    for connection in _own_connections(session):
+        if _is_busy(connection):
+            connection.invalidate()
+        elif not connection.invalidated:
+            proxied = cast("_ConnectionFairy", connection.connection)
+            held.append((connection.dialect, proxied._connection_record, proxied.dbapi_connection))
+    return held
+
+
+def _give_up(held: list[_Held]) -> None:
+    """Give up connections whose rollback failed: the session has returned them to the pool even so."""
+    for dialect, entry, dbapi_connection in held:
+        if entry is not None and dbapi_connection is not None and entry.dbapi_connection is dbapi_connection:
+            # At once, before anybody can take it out: whoever does will get a new one.
+            entry.invalidate(soft=True)
+            dialect.do_terminate(dbapi_connection)
+
+
+def _invalidate(session: Session) -> None:
+    """Give up the session's connections: they are in an unknown state, no pool may have them."""
+    failures: list[BaseException] = []
+    for connection in _own_connections(session):
+        try:
+            connection.invalidate()
+        except BaseException as error:
+            failures.append(error)
+    try:
+        session.invalidate()
+    except IllegalStateChangeError:
+        _abandon(session)
+    if failures:
+        _raise(failures, "several connections could not be given up")
+
+
+def _own_connections(session: Session) -> list[Connection]:
+    """The connections that the session has taken from a pool, not those that it was given."""
+    transaction: SessionTransaction | None = session.get_transaction()
+    if transaction is None:
+        return []
+    # SessionTransaction.connections is public, but came with SQLAlchemy 2.1.7, and does not tell whose they are.
+    return [connection for connection, _, _, own in set(transaction._connections.values()) if own]
+
+
+def _refuse_if_busy(session: Session) -> None:
+    if any(_is_busy(connection) for connection in _own_connections(session)):
+        raise InvalidRequestError(
+            "this session cannot be committed: another task is in the middle of a statement on it; await that "
+            "task first, or give it a context of its own with run_in_new_ctx()"
+        )
+
+
+def _is_busy(connection: Connection) -> bool:
+    """Whether a task is in the middle of a statement, or in line for one.
+
+    Drivers need not notice: before the BEGIN of a transaction is through, asyncpg has nothing to commit,
+    and would let the connection go while the statement behind it goes on.  SQLAlchemy's adapters hold
+    this lock from before the BEGIN to the end of the statement.
+    """
+    if connection.closed or connection.invalidated:
+        return False
+    lock = getattr(connection.connection.dbapi_connection, "_execute_mutex", None)
+    return lock is not None and (lock.locked() or bool(lock._waiters))
+
+
+def _abandon(session: Session) -> None:
+    """Give up a session for which another task is just getting a connection: it is cut when it comes."""
+    event.listen(session, "after_begin", _cut)
+
+
+def _cut(_session: Session, _transaction: SessionTransaction, connection: Connection) -> None:
+    connection.invalidate()
+    raise closed_context()
+
+
+def _end(session: Session) -> None:
+    """Make the closing permanent, or a task that still has the session would begin in it again.
+
+    ``close_resets_only=False`` does this for every ``close()``, also for those of the user, who expects
+    of SQLAlchemy's default that the session can be used again.
+    """
+    session._close_state = _SessionCloseState.CLOSED

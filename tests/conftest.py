@@ -1,0 +1,75 @@
+"""Each test that uses ``ctxalchemy`` runs on both backends; what needs PostgreSQL gets one of its own."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import pytest
+from support.database import Database
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+BACKENDS = ("native", "python")
+SUBMODULES = ("starlette", "fastapi", "testing")
+
+
+def _load(backend: str) -> dict[str, ModuleType]:
+    """Import a copy of the whole package on this backend."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "ctxalchemy"]:
+            patch.delitem(sys.modules, name)
+        patch.setenv("CTXALCHEMY_BACKEND", backend)
+        importlib.import_module("ctxalchemy")
+        for name in SUBMODULES:
+            importlib.import_module(f"ctxalchemy.{name}")
+        loaded = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "ctxalchemy"}
+        for name in loaded:
+            del sys.modules[name]
+    return loaded
+
+
+@pytest.fixture(scope="session")
+def packages() -> dict[str, dict[str, ModuleType]]:
+    return {backend: _load(backend) for backend in BACKENDS}
+
+
+@pytest.fixture(params=BACKENDS)
+def ctxalchemy(
+    request: pytest.FixtureRequest, packages: dict[str, dict[str, ModuleType]], monkeypatch: pytest.MonkeyPatch
+) -> ModuleType:
+    """The package, loaded on the backend that the test's id names."""
+    modules = packages[request.param]
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    package = modules["ctxalchemy"]
+    assert package.BACKEND == request.param
+    return package
+
+
+@pytest.fixture(scope="session")
+def postgres_url() -> str:
+    """The URL of the PostgreSQL server to test on, with the asyncpg driver."""
+    url = os.environ.get("TEST_DATABASE_URL")
+    if not url:
+        pytest.fail("TEST_DATABASE_URL is not set: 'make test' starts a throw-away PostgreSQL and sets it")
+    return url
+
+
+@pytest.fixture
+async def database(postgres_url: str) -> AsyncIterator[Database]:
+    """A schema of its own on the server, with a table of notes; watched from a connection of its own."""
+    async with Database.create(postgres_url) as database:
+        yield database
+
+
+@pytest.fixture(autouse=True)
+def no_context_outside(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No test leaves a context behind in the main thread's outermost contextvars context."""
+    yield
+    if "ctxalchemy" in request.fixturenames:
+        assert not request.getfixturevalue("ctxalchemy").is_context_initiated()

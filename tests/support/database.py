@@ -1,0 +1,113 @@
+"""A database for a test, and what an observer on a connection of its own sees of it."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import asyncpg
+from sqlalchemy import make_url, text
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from types import ModuleType
+
+    from sqlalchemy.ext.asyncio import AsyncSession
+
+
+class Database:
+    """A schema of its own, known to the server by the ``application_name`` of those who use it.
+
+    It has the table ``note (name text unique)`` and, for commits that fail, ``child (note text)``
+    with a deferred foreign key to it.
+    """
+
+    def __init__(self, url: str, name: str, observer: asyncpg.Connection[Any]) -> None:
+        self.url = url
+        self.name = name
+        self.observer = observer
+
+    @classmethod
+    @asynccontextmanager
+    async def create(cls, server_url: str) -> AsyncIterator[Database]:
+        name = f"t_{uuid4().hex[:12]}"
+        dsn = make_url(server_url).set(drivername="postgresql").render_as_string(hide_password=False)
+        observer = await asyncpg.connect(dsn, server_settings={"search_path": name})
+        try:
+            await observer.execute(
+                f"CREATE SCHEMA {name};"
+                "CREATE TABLE note (name text PRIMARY KEY);"
+                "CREATE TABLE child (note text REFERENCES note DEFERRABLE INITIALLY DEFERRED);"
+            )
+            yield cls(server_url, name, observer)
+        finally:
+            await observer.execute(
+                f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE '{name}%'"
+            )
+            await observer.execute(f"DROP SCHEMA {name} CASCADE")
+            await observer.close()
+
+    def connection(self, ctxalchemy: ModuleType, *, suffix: str = "", **options: Any) -> Any:
+        """A ``DBConnect`` to it over asyncpg.  By default its pool has one connection, and no patience."""
+        settings = {"search_path": self.name, "application_name": self.name + suffix}
+        defaults: dict[str, Any] = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 5}
+        handler = options.pop("before_create_session_handler", None)
+        return ctxalchemy.DBConnect.from_url(
+            self.url,
+            before_create_session_handler=handler,
+            connect_args={"server_settings": settings},
+            **(defaults | options),
+        )
+
+    async def notes(self) -> list[str]:
+        """The notes that are committed."""
+        return [row["name"] for row in await self.observer.fetch("SELECT name FROM note ORDER BY name")]
+
+    async def backends(self, suffix: str = "%") -> list[str]:
+        """The states of the server's processes that serve this database's users."""
+        rows = await self.observer.fetch(
+            "SELECT state FROM pg_stat_activity WHERE application_name LIKE $1", self.name + suffix
+        )
+        return [row["state"] for row in rows]
+
+    async def terminate(self, state: str = "%") -> int:
+        """Terminate the server's processes that are in this state; return how many."""
+        rows = await self.observer.fetch(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE $1 AND state LIKE $2",
+            f"{self.name}%",
+            state,
+        )
+        return len(rows)
+
+    async def settled(self, patience: float = 5.0) -> bool:
+        """Whether no process is in a transaction, soon: a socket that was cut is noticed with a delay."""
+        deadline = asyncio.get_running_loop().time() + patience
+        while any(state != "idle" for state in await self.backends()):
+            if asyncio.get_running_loop().time() > deadline:
+                return False
+            await asyncio.sleep(0.02)
+        return True
+
+
+async def add_note(session: AsyncSession, name: str) -> None:
+    await session.execute(text("INSERT INTO note VALUES (:name)"), {"name": name})
+
+
+async def break_commit(session: AsyncSession) -> None:
+    """Do what is only found to be wrong at COMMIT: a deferred constraint is violated."""
+    await session.execute(text("INSERT INTO child VALUES ('no such note')"))
+
+
+async def count_notes(session: AsyncSession) -> int:
+    return int((await session.execute(text("SELECT count(*) FROM note"))).scalar_one())
+
+
+async def pool_of(connection: Any) -> Any:
+    """The pool of the connection's engine on the running loop."""
+    return (await connection.session_maker()).kw["bind"].pool
+
+
+async def checked_out(connection: Any) -> int:
+    return int((await pool_of(connection)).checkedout())
