@@ -40,7 +40,7 @@ async def reset_db_session_ctx(token: Token[SessionStore | None], with_close: bo
     """
     stores = _opened_since(token)
     try:
-        sessions = [entry for store in stores for entry in store.close()]
+        sessions = [session for store in stores for _, session in store.close()]
         if with_close:
             await _settling.close_all(sessions)
     finally:
@@ -85,7 +85,7 @@ async def new_ctx() -> AsyncIterator[None]:
     try:
         yield
         await _settling.commit_all(store)
-        await _settling.close_all(store.close())
+        await _settling.close_all(session for _, session in store.close())
     except BaseException as error:
         await _settling.abort(store, error)
         raise

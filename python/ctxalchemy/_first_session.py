@@ -27,11 +27,13 @@ async def first_session(store: Store, connect: DBConnect) -> AsyncSession:
     """
     _check(store, connect)
     if connect.before_create_session_handler is None:
-        return first_session_nowait(store, connect)
+        session = connect._create_session_nowait()
+        store.put(connect, session)
+        return session
     async with connect._turn(store):
-        session = store.get(connect)
-        if session is not None:
-            return session
+        made = store.get(connect)
+        if made is not None:
+            return made
         session = await connect.create_session()
         # The handler may have been slow.  Nothing began in the session, so giving it up awaits nothing.
         if store.closed:

@@ -61,21 +61,26 @@ class ASGIHTTPDBSessionMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
-        is_http = scope["type"] == "http"
-        if not (is_http or (self.websocket and scope["type"] == "websocket")) or joins_context(scope):
+        kind = scope["type"]
+        outer = current()
+        if not (kind == "http" or (kind == "websocket" and self.websocket)) or (
+            outer is not None and joins_context(scope, outer)
+        ):
             await self.app(scope, receive, send)
             return
         store = enter()
-        mark_context(scope)
+        scope[_SCOPE_KEY] = store
         try:
-            if is_http:
-                response = _Response(store, send, self.before_commit, self.commit_if)
+            if kind == "http":
+                response = _Response(store, send, self)
                 await self.app(scope, receive, response.send)
-                await response.complete()
+                if response.failure is not None or _settling.is_begun(store):
+                    await response.complete()
             else:
                 await self.app(scope, receive, send)
                 await _settling.commit_all(store, self.before_commit)
-            await _settling.close_all(store.close())
+            if sessions := _settling.close_idle(store.close()):
+                await _settling.close_all(sessions)
         except BaseException as error:
             await _settling.abort(store, error)
             raise
@@ -86,47 +91,48 @@ class ASGIHTTPDBSessionMiddleware:
 class _Response:
     """What the application sends, and what is settled before it goes out."""
 
-    __slots__ = ("_before_commit", "_commit_if", "_failure", "_send", "_started", "_store")
+    __slots__ = ("_middleware", "_send", "_started", "_store", "failure")
 
-    def __init__(
-        self, store: SessionStore, send: Send, before_commit: BeforeCommitCallback | None, commit_if: CommitIf
-    ) -> None:
+    def __init__(self, store: SessionStore, send: Send, middleware: ASGIHTTPDBSessionMiddleware) -> None:
         self._store = store
         self._send = send
-        self._before_commit = before_commit
-        self._commit_if = commit_if
+        self._middleware = middleware
         self._started = False
-        self._failure: BaseException | None = None
+        self.failure: BaseException | None = None
 
-    async def send(self, message: Message) -> None:
+    # Not ``async``: where there is nothing to settle, the server's own awaitable is handed through.
+    def send(self, message: Message) -> Awaitable[None]:
         if not self._started:
             if message["type"] == "http.response.start":
-                await self._settle(message["status"])
+                if self.failure is not None or _settling.is_begun(self._store):
+                    return self._settle_and_send(message)
                 self._started = True
-            elif self._failure is not None:
+            elif self.failure is not None:
                 # The rest of a response that was not let out.
-                raise self._failure
-        await self._send(message)
+                raise self.failure
+        return self._send(message)
 
-    async def _settle(self, status: int) -> None:
-        if not self._commit_if(status):
+    async def _settle_and_send(self, message: Message) -> None:
+        if not self._middleware.commit_if(message["status"]):
             await _settling.rollback_all(self._store)
-            return
-        if self._failure is not None:
+        elif self.failure is not None:
             # The application caught the failed commit; it may still answer, but not with a success.
-            raise self._failure
-        try:
-            await _settling.commit_all(self._store, self._before_commit)
-        except BaseException as error:
-            self._failure = error
-            raise
+            raise self.failure
+        else:
+            try:
+                await _settling.commit_all(self._store, self._middleware.before_commit)
+            except BaseException as error:
+                self.failure = error
+                raise
+        self._started = True
+        await self._send(message)
 
     async def complete(self) -> None:
         """Settle what came after the start of the response, or what got none."""
         if self._started:
-            await _settling.commit_all(self._store, self._before_commit)
-        elif self._failure is not None:
-            raise self._failure
+            await _settling.commit_all(self._store, self._middleware.before_commit)
+        elif self.failure is not None:
+            raise self.failure
         else:
             await _settling.rollback_all(self._store)
 
@@ -136,13 +142,12 @@ def is_success(status: int) -> bool:
     return status < 400
 
 
-def joins_context(scope: Scope) -> bool:
-    """Return whether the request is to be served in the context that is current.
+def joins_context(scope: Scope, store: SessionStore | None) -> bool:
+    """Return whether the request is to be served in this context, which is current.
 
     It is where a test or the application's own code opened that by hand, and where the middleware did
     further out, for this very request.  A request made in process by another one has a scope of its own.
     """
-    store = current()
     return store is not None and not store.closed and (store.manual or scope.get(_SCOPE_KEY) is store)
 
 

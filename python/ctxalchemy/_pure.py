@@ -110,7 +110,7 @@ class SessionStore:
         return self.clear()
 
     def __len__(self) -> int:
-        return len(self.items())
+        return (self._connection is not None) + (0 if self._rest is None else len(self._rest))
 
     def __repr__(self) -> str:
         return f"<SessionStore {'closed' if self._closed else 'open'}, sessions: {len(self)}>"

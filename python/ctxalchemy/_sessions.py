@@ -220,7 +220,7 @@ async def close_all_sessions() -> None:
     """
     store = current()
     if store is not None:
-        await _settling.close_all(store.clear())
+        await _settling.close_all(session for _, session in store.clear())
 
 
 async def auto_commit_by_status_code(status_code: int, before_commit: BeforeCommitCallback | None = None) -> None:

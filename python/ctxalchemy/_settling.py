@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 from sqlalchemy import event
 from sqlalchemy.exc import IllegalStateChangeError, InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
 from sqlalchemy.orm.session import _SessionCloseState
 from sqlalchemy.util import greenlet_spawn
 
@@ -22,7 +23,7 @@ from ._finishing import add_note, finish
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Dialect
     from sqlalchemy.engine.interfaces import DBAPIConnection
-    from sqlalchemy.orm import Session, SessionTransaction
+    from sqlalchemy.orm import SessionTransaction
     from sqlalchemy.pool import ConnectionPoolEntry
     from sqlalchemy.pool.base import _ConnectionFairy
 
@@ -35,6 +36,11 @@ BeforeCommitCallback = Callable[[AsyncSession], Coroutine[Any, Any, None]]
 
 
 # --- the sessions of a context -----------------------------------------------------------------------
+
+
+def is_begun(store: SessionStore) -> bool:
+    """Return whether a session is in a transaction: else there is nothing to settle."""
+    return any(session.in_transaction() for _, session in store.items()) if store else False
 
 
 async def commit_all(store: SessionStore, before_commit: BeforeCommitCallback | None = None) -> None:
@@ -68,16 +74,20 @@ async def rollback_all(store: SessionStore) -> None:
     await _for_each(rollback_session, (session for _, session in _begun(store, {})), "rolled back")
 
 
-async def close_all(sessions: Iterable[tuple[DBConnect, AsyncSession]]) -> None:
+def close_idle(entries: list[tuple[DBConnect, AsyncSession]]) -> list[AsyncSession]:
+    """Close those sessions that have left their context and need no I/O for it; return the others."""
+    return [session for _, session in entries if not _close_idle(session)]
+
+
+async def close_all(sessions: Iterable[AsyncSession]) -> None:
     """Close sessions that have left their context, whichever of them fail."""
-    await _for_each(close_session, (session for _, session in sessions), "closed")
+    await _for_each(close_session, iter(sessions), "closed")
 
 
 async def abort(store: SessionStore, error: BaseException) -> None:
     """Close the context because of this error: roll everything back, close it; failures become notes."""
-    left = [session for _, session in store.close() if not _close_idle(session)]
-    if left:
-        await _after(error, close_session, *left)
+    if sessions := close_idle(store.close()):
+        await _after(error, close_session, *sessions)
 
 
 async def _prepare(
@@ -253,13 +263,19 @@ def _close_idle(session: AsyncSession) -> bool:
     """Close the session if that takes no I/O: a session without a transaction holds no connection."""
     if not _keeps(session, "close") or session.in_transaction():
         return False
-    session.sync_session.close()
+    # What it is spared mostly: there is nothing to detach, the session refers weakly to what was committed.
+    if next(iter(session.sync_session), None) is not None or type(session.sync_session) is not Session:
+        session.sync_session.close()
     _end(session.sync_session)
     return True
 
 
 def _keeps(session: AsyncSession, method: str) -> bool:
-    return isinstance(session, AsyncSession) and getattr(type(session), method) is getattr(AsyncSession, method)
+    """Whether this is an AsyncSession, and its class does not override the method."""
+    cls = type(session)
+    if cls is AsyncSession:
+        return True
+    return issubclass(cls, AsyncSession) and getattr(cls, method) is getattr(AsyncSession, method)
 
 
 async def _invalidate_after(error: BaseException, session: AsyncSession) -> None:
@@ -370,11 +386,12 @@ def _own_connections(session: Session) -> list[Connection]:
 
 
 def _refuse_if_busy(session: Session) -> None:
-    if any(_is_busy(connection) for connection in _own_connections(session)):
-        raise InvalidRequestError(
-            "this session cannot be committed: another task is in the middle of a statement on it; await that "
-            "task first, or give it a context of its own with run_in_new_ctx()"
-        )
+    for connection in _own_connections(session):
+        if _is_busy(connection):
+            raise InvalidRequestError(
+                "this session cannot be committed: another task is in the middle of a statement on it; await "
+                "that task first, or give it a context of its own with run_in_new_ctx()"
+            )
 
 
 def _is_busy(connection: Connection) -> bool:
@@ -384,7 +401,7 @@ def _is_busy(connection: Connection) -> bool:
     and would let the connection go while the statement behind it goes on.  SQLAlchemy's adapters hold
     this lock from before the BEGIN to the end of the statement.
     """
-    if connection.closed or connection.invalidated:
+    if connection.invalidated:
         return False
     lock = getattr(connection.connection.dbapi_connection, "_execute_mutex", None)
     return lock is not None and (lock.locked() or bool(lock._waiters))

@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ._context import new_ctx
+from ._core import current
 from ._middleware import ASGIHTTPDBSessionMiddleware, joins_context, mark_context
 from ._sessions import auto_commit_by_status_code
 from ._settling import BeforeCommitCallback
@@ -68,7 +69,7 @@ async def starlette_http_db_session_middleware(
     Example:
         >>> app.add_middleware(BaseHTTPMiddleware, dispatch=starlette_http_db_session_middleware)
     """
-    if joins_context(request.scope):
+    if joins_context(request.scope, current()):
         return await call_next(request)
     async with new_ctx():
         mark_context(request.scope)
