@@ -74,12 +74,13 @@ class ASGIHTTPDBSessionMiddleware:
             if kind == "http":
                 response = _Response(store, send, self)
                 await self.app(scope, receive, response.send)
-                if response.failure is not None or _settling.is_begun(store):
+                if response.failure is not None or (store and _settling.is_begun(store)):
                     await response.complete()
             else:
                 await self.app(scope, receive, send)
                 await _settling.commit_all(store, self.before_commit)
-            if sessions := _settling.close_idle(store.close()):
+            entries = store.close()
+            if entries and (sessions := _settling.close_idle(entries)):
                 await _settling.close_all(sessions)
         except BaseException as error:
             await _settling.abort(store, error)
@@ -104,7 +105,7 @@ class _Response:
     def send(self, message: Message) -> Awaitable[None]:
         if not self._started:
             if message["type"] == "http.response.start":
-                if self.failure is not None or _settling.is_begun(self._store):
+                if self.failure is not None or (self._store and _settling.is_begun(self._store)):
                     return self._settle_and_send(message)
                 self._started = True
             elif self.failure is not None:

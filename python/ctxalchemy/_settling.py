@@ -40,7 +40,7 @@ BeforeCommitCallback = Callable[[AsyncSession], Coroutine[Any, Any, None]]
 
 def is_begun(store: SessionStore) -> bool:
     """Return whether a session is in a transaction: else there is nothing to settle."""
-    return any(session.in_transaction() for _, session in store.items()) if store else False
+    return any([session.in_transaction() for _, session in store.items()])
 
 
 async def commit_all(store: SessionStore, before_commit: BeforeCommitCallback | None = None) -> None:
