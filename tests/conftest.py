@@ -6,10 +6,10 @@ import importlib
 import os
 import sys
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from support.database import Database
+from support.database import Database, watched
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -47,7 +47,7 @@ def ctxalchemy(
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     package = modules["ctxalchemy"]
-    assert package.BACKEND == request.param
+    assert request.param == package.BACKEND
     return package
 
 
@@ -67,9 +67,30 @@ async def database(postgres_url: str) -> AsyncIterator[Database]:
         yield database
 
 
+@pytest.fixture
+async def connection(ctxalchemy: ModuleType, database: Database) -> AsyncIterator[Any]:
+    """A ``DBConnect`` to the database with a pool of one, which nobody may have left anything checked out of."""
+    async with watched(database.connection(ctxalchemy)) as connection:
+        yield connection
+
+
+@pytest.fixture
+async def other(ctxalchemy: ModuleType, database: Database) -> AsyncIterator[Any]:
+    """A second connection, like the first, as if to another database."""
+    async with watched(database.connection(ctxalchemy)) as connection:
+        yield connection
+
+
+@pytest.fixture
+async def third(ctxalchemy: ModuleType, database: Database) -> AsyncIterator[Any]:
+    """A third one."""
+    async with watched(database.connection(ctxalchemy)) as connection:
+        yield connection
+
+
 @pytest.fixture(autouse=True)
 def no_context_outside(request: pytest.FixtureRequest) -> Iterator[None]:
     """No test leaves a context behind in the main thread's outermost contextvars context."""
+    package = request.getfixturevalue("ctxalchemy") if "ctxalchemy" in request.fixturenames else None
     yield
-    if "ctxalchemy" in request.fixturenames:
-        assert not request.getfixturevalue("ctxalchemy").is_context_initiated()
+    assert package is None or not package.is_context_initiated()

@@ -11,6 +11,7 @@ from sqlalchemy import event, make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.util import greenlet_spawn
 
+from . import _aborted
 from ._finishing import finish
 
 if TYPE_CHECKING:
@@ -58,10 +59,12 @@ class DBConnect:
         self.engine_creator = engine_creator
         self.session_maker_creator = session_maker_creator
         self.before_create_session_handler = before_create_session_handler
-        self._host = host
+        self.host = host
+        """The host connected to, or to connect to; None where it was never said."""
         self._engines: dict[asyncio.AbstractEventLoop, _Engine] = {}
         self._retired: list[_Engine] = []
-        self._turns: WeakValueDictionary[object, _Turn] = WeakValueDictionary()
+        # Whose turn it is to make the first session of a context.
+        self._turns: WeakValueDictionary[object, asyncio.Lock] = WeakValueDictionary()
 
     @classmethod
     def from_url(
@@ -96,11 +99,6 @@ class DBConnect:
 
         return cls(create_engine, create_session_maker, first_host, before_create_session_handler)
 
-    @property
-    def host(self) -> str | None:
-        """The host connected to, or to connect to; None where it was never said."""
-        return self._host
-
     async def connect(self, host: str) -> None:
         """Say the host, and build the engine for it.
 
@@ -112,7 +110,7 @@ class DBConnect:
             Exception: what a creator raised; the connection is then as it was before.
         """
         _check_host(host)
-        if host != self._host or asyncio.get_running_loop() not in self._engines:
+        if host != self.host or asyncio.get_running_loop() not in self._engines:
             await self._switch(host)
 
     async def change_host(self, host: str) -> None:
@@ -129,7 +127,7 @@ class DBConnect:
             Exception: what a creator raised; the connection is then as it was before.
         """
         _check_host(host)
-        if host != self._host:
+        if host != self.host:
             await self._switch(host)
 
     async def create_session(self) -> AsyncSession:
@@ -174,10 +172,10 @@ class DBConnect:
     def _engine(self) -> _Engine:
         loop = asyncio.get_running_loop()
         engine = self._engines.get(loop)
-        if engine is None or engine.host != self._host:
-            if self._host is None:
+        if engine is None or engine.host != self.host:
+            if not self.host:
                 raise ValueError("host is not set")
-            engine = self._build(self._host)
+            engine = self._build(self.host)
             self._forget_dead_loops()
             old, self._engines[loop] = self._engines.get(loop), engine
             if old is not None:
@@ -194,7 +192,7 @@ class DBConnect:
     async def _switch(self, host: str) -> None:
         engine = self._build(host)
         old, self._engines = list(self._engines.values()), {asyncio.get_running_loop(): engine}
-        self._host = host
+        self.host = host
         await finish(self._retire([each for each in old if each.engine is not engine.engine]))
 
     async def _retire(self, engines: list[_Engine]) -> None:
@@ -208,15 +206,15 @@ class DBConnect:
         for loop in [loop for loop in list(self._engines) if loop.is_closed()]:
             self._engines.pop(loop, None)
 
-    def _turn(self, store: object) -> _Turn:
+    def _turn(self, store: object) -> asyncio.Lock:
         turn = self._turns.get(store)
         if turn is None:
-            turn = self._turns[store] = _Turn()
+            turn = self._turns[store] = asyncio.Lock()
         return turn
 
     def __repr__(self) -> str:
         state = "connected" if self._engines else "not connected"
-        return f"<DBConnect host={self._host!r}, {state}>"
+        return f"<DBConnect host={self.host!r}, {state}>"
 
 
 class _Engine:
@@ -229,6 +227,7 @@ class _Engine:
         self._loop = asyncio.get_running_loop()
         self._entries: WeakSet[ConnectionPoolEntry] = WeakSet()
         event.listen(engine.sync_engine, "connect", self._connected)
+        _aborted.watch(engine)
 
     def _connected(self, _dbapi_connection: object, entry: ConnectionPoolEntry) -> None:
         self._entries.add(entry)
@@ -262,25 +261,6 @@ class _Engine:
 
 def _close_returned(_dbapi_connection: object, entry: ConnectionPoolEntry) -> None:
     entry.invalidate()
-
-
-class _Turn(asyncio.Lock):
-    """Whose turn it is to make the first session of a context, while others wait."""
-
-    _holder: asyncio.Task[Any] | None = None
-
-    async def __aenter__(self) -> None:
-        if self._holder is not None and self._holder is asyncio.current_task():
-            raise RuntimeError(
-                "before_create_session_handler asked for the very session it is to prepare: "
-                "use new_non_ctx_session() or another connection in it"
-            )
-        await super().__aenter__()
-        self._holder = asyncio.current_task()
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        self._holder = None
-        self.release()
 
 
 def _check_host(host: str) -> None:

@@ -39,13 +39,12 @@ async def reset_db_session_ctx(token: Token[SessionStore | None], with_close: bo
         ...     await reset_db_session_ctx(token)
     """
     stores = _opened_since(token)
-    try:
-        sessions = [session for store in stores for _, session in store.close()]
-        if with_close:
-            await _settling.close_all(sessions)
-    finally:
-        for store in stores:
-            leave(store)
+    for store in stores:
+        # First, because this is what a token of another task fails at.
+        leave(store)
+    sessions = [session for store in stores for _, session in store.close()]
+    if with_close:
+        await _settling.close_all(sessions)
 
 
 def _opened_since(token: Token[SessionStore | None]) -> list[SessionStore]:

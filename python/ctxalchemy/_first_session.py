@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Protocol
 
 from ._connection import DBConnect
@@ -9,6 +11,10 @@ from ._errors import SessionNotReadyError, closed_context
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
+
+
+# What the handlers around this code, or the code that started its task, prepare.
+_preparing: ContextVar[tuple[asyncio.Lock, ...]] = ContextVar("ctxalchemy_preparing", default=())
 
 
 class Store(Protocol):
@@ -30,11 +36,21 @@ async def first_session(store: Store, connect: DBConnect) -> AsyncSession:
         session = connect._create_session_nowait()
         store.put(connect, session)
         return session
-    async with connect._turn(store):
+    turn = connect._turn(store)
+    if turn.locked() and turn in _preparing.get():
+        raise RuntimeError(
+            "before_create_session_handler asked for the very session that it prepares: use another connection in it"
+        )
+    async with turn:
+        _check(store, connect)
         made = store.get(connect)
         if made is not None:
             return made
-        session = await connect.create_session()
+        preparing = _preparing.set((*_preparing.get(), turn))
+        try:
+            session = await connect.create_session()
+        finally:
+            _preparing.reset(preparing)
         # The handler may have been slow.  Nothing began in the session, so giving it up awaits nothing.
         if store.closed:
             session.sync_session.close()

@@ -18,6 +18,8 @@ ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 CommitIf = Callable[[int], bool]
 
 _SCOPE_KEY = "ctxalchemy"
+# The message that has the body of a response, or its last part; two are of ASGI's extensions.
+_BODY = frozenset({"http.response.body", "http.response.pathsend", "http.response.zerocopysend"})
 
 
 class ASGIHTTPDBSessionMiddleware:
@@ -92,25 +94,29 @@ class ASGIHTTPDBSessionMiddleware:
 class _Response:
     """What the application sends, and what is settled before it goes out."""
 
-    __slots__ = ("_middleware", "_send", "_started", "_store", "failure")
+    __slots__ = ("_ended", "_middleware", "_send", "_started", "_store", "failure")
 
     def __init__(self, store: SessionStore, send: Send, middleware: ASGIHTTPDBSessionMiddleware) -> None:
         self._store = store
         self._send = send
         self._middleware = middleware
         self._started = False
+        self._ended = False
         self.failure: BaseException | None = None
 
     # Not ``async``: where there is nothing to settle, the server's own awaitable is handed through.
     def send(self, message: Message) -> Awaitable[None]:
+        kind = message["type"]
         if not self._started:
-            if message["type"] == "http.response.start":
+            if kind == "http.response.start":
                 if self.failure is not None or (self._store and _settling.is_begun(self._store)):
                     return self._settle_and_send(message)
                 self._started = True
             elif self.failure is not None:
                 # The rest of a response that was not let out.
                 raise self.failure
+        elif kind in _BODY and not message.get("more_body", False):
+            self._ended = True
         return self._send(message)
 
     async def _settle_and_send(self, message: Message) -> None:
@@ -129,10 +135,14 @@ class _Response:
         await self._send(message)
 
     async def complete(self) -> None:
-        """Settle what came after the start of the response, or what got none."""
-        if self._started:
+        """Settle what came after the start of the response, or what got none.
+
+        An application that returns in the middle of its response has been cut off: Starlette ends a
+        stream so when the client is gone.
+        """
+        if self._ended:
             await _settling.commit_all(self._store, self._middleware.before_commit)
-        elif self.failure is not None:
+        elif self.failure is not None and not self._started:
             raise self.failure
         else:
             await _settling.rollback_all(self._store)

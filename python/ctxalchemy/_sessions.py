@@ -11,8 +11,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from . import _settling
 from ._connection import DBConnect
-from ._core import current, db_session
-from ._errors import no_context
+from ._core import SessionStore, current, db_session
+from ._errors import closed_context, no_context
 from ._settling import BeforeCommitCallback
 
 CurrentTransaction = Literal["commit", "rollback", "append", "raise"]
@@ -73,6 +73,7 @@ async def commit_db_session(connect: DBConnect) -> None:
         connect: the connection.
 
     Raises:
+        ContextNotInitiatedError: no context is open.
         Exception: what the commit raised; its database connection is then given up.
 
     Example:
@@ -90,6 +91,7 @@ async def rollback_db_session(connect: DBConnect) -> None:
         connect: the connection.
 
     Raises:
+        ContextNotInitiatedError: no context is open.
         Exception: what the rollback raised; its database connection is then given up.
 
     Example:
@@ -126,11 +128,14 @@ def get_db_session_from_context(connect: DBConnect) -> AsyncSession | None:
     Args:
         connect: the connection.
 
+    Raises:
+        ContextNotInitiatedError: no context is open.
+        ContextClosedError: the context has closed.
+
     Example:
         >>> session = get_db_session_from_context(connection)
     """
-    store = current()
-    return None if store is None else store.get(connect)
+    return _open_context().get(connect)
 
 
 def put_db_session_to_context(connection: DBConnect, session: AsyncSession) -> None:
@@ -150,10 +155,7 @@ def put_db_session_to_context(connection: DBConnect, session: AsyncSession) -> N
     """
     if not isinstance(connection, DBConnect):
         raise TypeError(f"expected a DBConnect, got {type(connection).__name__}: {connection!r}")
-    store = current()
-    if store is None:
-        raise no_context()
-    store.put(connection, session)
+    _open_context().put(connection, session)
 
 
 def pop_db_session_from_context(connect: DBConnect) -> AsyncSession | None:
@@ -182,29 +184,27 @@ async def commit_all_sessions(before_commit: BeforeCommitCallback | None = None)
         before_commit: awaited with each session first.
 
     Raises:
+        ContextNotInitiatedError: no context is open.
         PartialCommitError: a commit failed after those of other sessions had succeeded.
         Exception: what a hook, a flush or the first commit raised; nothing is committed then.
 
     Example:
         >>> await commit_all_sessions()
     """
-    store = current()
-    if store is not None:
-        await _settling.commit_all(store, before_commit)
+    await _settling.commit_all(_open_context(), before_commit)
 
 
 async def rollback_all_sessions() -> None:
     """Roll back all sessions of the context that are in a transaction.
 
     Raises:
+        ContextNotInitiatedError: no context is open.
         Exception: what a rollback raised, after the others were rolled back; several: an ``ExceptionGroup``.
 
     Example:
         >>> await rollback_all_sessions()
     """
-    store = current()
-    if store is not None:
-        await _settling.rollback_all(store)
+    await _settling.rollback_all(_open_context())
 
 
 async def close_all_sessions() -> None:
@@ -213,14 +213,13 @@ async def close_all_sessions() -> None:
     What has not been committed is rolled back.
 
     Raises:
+        ContextNotInitiatedError: no context is open.
         Exception: what closing one raised, after the others were closed; several: an ``ExceptionGroup``.
 
     Example:
         >>> await close_all_sessions()
     """
-    store = current()
-    if store is not None:
-        await _settling.close_all(session for _, session in store.clear())
+    await _settling.close_all(session for _, session in _open_context().clear())
 
 
 async def auto_commit_by_status_code(status_code: int, before_commit: BeforeCommitCallback | None = None) -> None:
@@ -231,6 +230,7 @@ async def auto_commit_by_status_code(status_code: int, before_commit: BeforeComm
         before_commit: as for ``commit_all_sessions``.
 
     Raises:
+        ContextNotInitiatedError: no context is open.
         Exception: as ``commit_all_sessions`` and ``rollback_all_sessions`` do.
 
     Example:
@@ -279,3 +279,12 @@ async def new_non_ctx_atomic_session(connect: DBConnect) -> AsyncIterator[AsyncS
     """
     async with new_non_ctx_session(connect) as session, _settling.atomic(session):
         yield session
+
+
+def _open_context() -> SessionStore:
+    store = current()
+    if store is None:
+        raise no_context()
+    if store.closed:
+        raise closed_context()
+    return store

@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.orm.session import _SessionCloseState
 from sqlalchemy.util import greenlet_spawn
 
+from ._aborted import raise_if_aborted
 from ._errors import PartialCommitError, closed_context
 from ._finishing import add_note, finish
 
@@ -40,7 +41,7 @@ BeforeCommitCallback = Callable[[AsyncSession], Coroutine[Any, Any, None]]
 
 def is_begun(store: SessionStore) -> bool:
     """Return whether a session is in a transaction: else there is nothing to settle."""
-    return any([session.in_transaction() for _, session in store.items()])
+    return any(session.in_transaction() for _, session in store.items())
 
 
 async def commit_all(store: SessionStore, before_commit: BeforeCommitCallback | None = None) -> None:
@@ -188,7 +189,7 @@ async def commit_session(session: AsyncSession) -> None:
         return
     try:
         if isinstance(session, AsyncSession):
-            _refuse_if_busy(session.sync_session)
+            await greenlet_spawn(_check_connections, session.sync_session)
         await session.commit()
     except BaseException as error:
         await _invalidate_after(error, session)
@@ -305,7 +306,7 @@ def _commit(session: Session) -> None:
     # What fails in the flush has a known state: SQLAlchemy has rolled it back.
     session.flush()
     try:
-        _refuse_if_busy(session)
+        _check_connections(session)
         session.commit()
     except BaseException:
         _invalidate(session)
@@ -343,11 +344,12 @@ def _cut_busy(session: Session) -> list[_Held]:
     """
     held: list[_Held] = []
     for connection in _own_connections(session):
+        if connection.invalidated:
+            continue
         if _is_busy(connection):
             connection.invalidate()
-        elif not connection.invalidated:
-            proxied = cast("_ConnectionFairy", connection.connection)
-            held.append((connection.dialect, proxied._connection_record, proxied.dbapi_connection))
+        else:
+            held.append((connection.dialect, _entry(connection), connection.connection.dbapi_connection))
     return held
 
 
@@ -385,13 +387,22 @@ def _own_connections(session: Session) -> list[Connection]:
     return [connection for connection, _, _, own in set(transaction._connections.values()) if own]
 
 
-def _refuse_if_busy(session: Session) -> None:
+def _check_connections(session: Session) -> None:
+    """Raise where the commit would be a success to the driver, and not to the database."""
     for connection in _own_connections(session):
+        if connection.invalidated:
+            continue  # The commit finds this out.
         if _is_busy(connection):
             raise InvalidRequestError(
                 "this session cannot be committed: another task is in the middle of a statement on it; await "
                 "that task first, or give it a context of its own with run_in_new_ctx()"
             )
+        entry = _entry(connection)
+        if entry is not None and entry.dbapi_connection is not connection.connection.dbapi_connection:
+            raise InvalidRequestError(
+                "this session cannot be committed: its database connection was closed while the transaction was open"
+            )
+        raise_if_aborted(connection)
 
 
 def _is_busy(connection: Connection) -> bool:
@@ -401,10 +412,13 @@ def _is_busy(connection: Connection) -> bool:
     and would let the connection go while the statement behind it goes on.  SQLAlchemy's adapters hold
     this lock from before the BEGIN to the end of the statement.
     """
-    if connection.invalidated:
-        return False
     lock = getattr(connection.connection.dbapi_connection, "_execute_mutex", None)
     return lock is not None and (lock.locked() or bool(lock._waiters))
+
+
+def _entry(connection: Connection) -> ConnectionPoolEntry | None:
+    """The place that the pool has for the connection."""
+    return cast("_ConnectionFairy", connection.connection)._connection_record
 
 
 def _abandon(session: Session) -> None:

@@ -95,6 +95,11 @@ async def add_note(session: AsyncSession, name: str) -> None:
     await session.execute(text("INSERT INTO note VALUES (:name)"), {"name": name})
 
 
+async def add_note_and_fail(session: AsyncSession, name: str, error: Exception) -> None:
+    await add_note(session, name)
+    raise error
+
+
 async def break_commit(session: AsyncSession) -> None:
     """Do what is only found to be wrong at COMMIT: a deferred constraint is violated."""
     await session.execute(text("INSERT INTO child VALUES ('no such note')"))
@@ -111,3 +116,13 @@ async def pool_of(connection: Any) -> Any:
 
 async def checked_out(connection: Any) -> int:
     return int((await pool_of(connection)).checkedout())
+
+
+@asynccontextmanager
+async def watched(connection: Any) -> AsyncIterator[Any]:
+    """Close the connection at the end, when nothing may be checked out of its pool any more."""
+    try:
+        yield connection
+        assert await checked_out(connection) == 0
+    finally:
+        await connection.close()

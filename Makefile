@@ -1,0 +1,70 @@
+# `make` lists the targets.  Every one sets up what it needs in .venv first, and does so only once.
+
+PYTHON ?= python3
+VENV_PYTHON := .venv/bin/python
+ARGS ?=
+
+# Where rustup puts cargo, if the shell does not know it already.
+export PATH := $(PATH):$(or $(CARGO_HOME),$(HOME)/.cargo)/bin
+
+SET_UP := $(PYTHON) scripts/environment.py
+EXTENSIONS := python/ctxalchemy/_native*.so python/ctxalchemy/_native*.pyd
+LINTERS := ruff-check ruff-format mypy pyright rustfmt clippy cargo-test
+
+.DEFAULT_GOAL := help
+.PHONY: help test lint format demo serve clean $(LINTERS)
+
+help:  ## List the targets.
+	@echo 'PYTHON=python3.13 picks the interpreter, wherever the default python3 is not the one to use.'
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
+
+test:  ## Run the tests on both backends, with a throw-away PostgreSQL.  ARGS="-k word -x" goes to pytest.
+	@$(SET_UP) --need-native test
+	@$(VENV_PYTHON) scripts/postgres.py -- $(VENV_PYTHON) -m pytest -p scripts.both_backends $(ARGS)
+
+lint:  ## Run all linters and type checkers, on the Python and the Rust.
+	@$(SET_UP) --need-native test lint
+	@$(MAKE) --no-print-directory --keep-going $(LINTERS)
+
+format:  ## Format the Python and the Rust, and fix what the linter can.
+	@$(SET_UP) --need-native test lint
+	$(VENV_PYTHON) -m ruff check --fix-only .
+	$(VENV_PYTHON) -m ruff format .
+	cargo fmt --all
+
+demo:  ## Run the example, over SQLite or over DATABASE_URL.
+	@$(SET_UP) demo
+	@$(VENV_PYTHON) examples/demo.py
+
+serve:  ## Serve the example application, over SQLite or over DATABASE_URL.
+	@$(SET_UP) demo
+	@$(VENV_PYTHON) examples/serve.py
+
+clean:  ## Remove everything that was built, the environment included.
+	rm -rf .venv target dist .mypy_cache .pytest_cache .ruff_cache $(EXTENSIONS)
+	find python scripts tests examples -name __pycache__ -prune -exec rm -rf {} +
+
+# The parts of `make lint`, which sets up what they need.
+
+ruff-check:
+	$(VENV_PYTHON) -m ruff check .
+
+ruff-format:
+	$(VENV_PYTHON) -m ruff format --check .
+
+mypy:
+	$(VENV_PYTHON) -m mypy --strict
+
+pyright:
+	$(VENV_PYTHON) -m pyright --pythonpath $(VENV_PYTHON)
+
+rustfmt:
+	cargo fmt --all --check
+
+clippy cargo-test: export PYO3_PYTHON := $(CURDIR)/$(VENV_PYTHON)
+
+clippy:
+	cargo clippy --all-targets -- -D warnings
+
+cargo-test:
+	cargo test

@@ -1,0 +1,1 @@
+"""The benchmarks.  ``python -m bench`` runs them and writes the report; ``python -m bench --help`` says more."""

@@ -1,0 +1,61 @@
+"""Run the benchmarks, and write ``results/`` and ``REPORT.md``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+from . import http_load, instructions, libraries, micro, report, request, scaling
+from .measure import RESULTS, environment, interpreter
+
+
+def pytest_benchmark(quick: bool = False) -> None:
+    """The micro cases under pytest-benchmark."""
+    RESULTS.mkdir(exist_ok=True)
+    target = RESULTS / f"{interpreter()}-pytest-benchmark.json"
+    # Without the configuration of the tests, which is not about benchmarks.
+    options = ["-q", "-c", os.devnull, "-p", "no:cacheprovider", "--benchmark-only", f"--benchmark-json={target}"]
+    chosen = ["-k", "hit"] if quick else []
+    subprocess.run([sys.executable, "-m", "pytest", "bench/test_micro.py", *options, *chosen], check=True)
+
+
+PARTS: dict[str, Callable[[bool], None]] = {
+    "micro": micro.run,
+    "request": request.run,
+    "http": http_load.run,
+    "instructions": instructions.run,
+    "scaling": scaling.run,
+    "pytest-benchmark": pytest_benchmark,
+}
+
+
+def main() -> None:
+    """Run the parts that were asked for."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"all, unless named: {', '.join(PARTS)}, report")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds: to try the harness, not for figures")
+    arguments = parser.parse_args()
+    for part in arguments.parts:
+        if part not in (*PARTS, "report"):
+            parser.error(f"there is no part {part!r}")
+    for name, value in environment(libraries.backends()).items():
+        print(f"{name}: {value}")
+    for name, run in PARTS.items():
+        if not arguments.parts or name in arguments.parts:
+            started = time.monotonic()
+            # Each in a process of its own: pinning, engines and threads of one do not reach the next.
+            if len(arguments.parts) == 1:
+                run(arguments.quick)
+            else:
+                quick = ["--quick"] if arguments.quick else []
+                subprocess.run([sys.executable, "-m", "bench", name, *quick], check=True)
+            print(f"({name}: {time.monotonic() - started:.0f} s)", flush=True)
+    report.write()
+
+
+if __name__ == "__main__":
+    main()

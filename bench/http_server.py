@@ -1,0 +1,136 @@
+"""One FastAPI application on uvicorn: ``python -m bench.http_server WAY`` prints the port that it serves."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable
+from typing import Annotated, Any
+
+import uvicorn
+from fastapi import Depends, FastAPI
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+
+from . import libraries
+from .libraries import ADVANCED, BY_HAND, DEPENDS, FASTAPI_ASYNC, NATIVE, NO_DATABASE, PEER, PEER_FASTAPI, PYTHON
+from .measure import pin
+
+QUERY = text("SELECT 1")
+POOL = {"pool_size": 20, "max_overflow": 0}
+
+
+def no_database(app: FastAPI) -> None:
+    """Answer without a database."""
+
+    @app.get("/")
+    async def index() -> dict[str, Any]:
+        return {"value": 1}
+
+
+def in_handler(app: FastAPI) -> None:
+    """A session and a transaction in the handler."""
+    maker = _session_maker()
+
+    @app.get("/")
+    async def index() -> dict[str, Any]:
+        async with maker() as session, session.begin():
+            value = await session.scalar(QUERY)
+        return {"value": value}
+
+
+def depends(app: FastAPI) -> None:
+    """A session and a transaction from a dependency."""
+    maker = _session_maker()
+
+    async def get_session() -> AsyncIterator[AsyncSession]:
+        async with maker() as session, session.begin():
+            yield session
+
+    _answer_with(app, get_session)
+
+
+def contextual(app: FastAPI, package_name: str, *, helper: bool = False) -> None:
+    """The session of the context: ctxalchemy, or context-async-sqlalchemy."""
+    package = importlib.import_module(package_name)
+    connection = libraries.connect(package, _url(), **POOL)
+    db_session = package.db_session
+    if helper:
+        importlib.import_module(f"{package_name}.fastapi_utils").add_fastapi_http_db_session_middleware(app)
+    else:
+        app.add_middleware(package.ASGIHTTPDBSessionMiddleware)
+
+    @app.get("/")
+    async def index() -> dict[str, Any]:
+        session = await db_session(connection)
+        return {"value": await session.scalar(QUERY)}
+
+
+def fastapi_async(app: FastAPI) -> None:
+    """fastapi-async-sqlalchemy."""
+    from fastapi_async_sqlalchemy import SQLAlchemyMiddleware, db
+
+    engine = libraries.create_engine(_url(), **POOL)
+    app.add_middleware(SQLAlchemyMiddleware, custom_engine=engine, commit_on_exit=True)
+
+    @app.get("/")
+    async def index() -> dict[str, Any]:
+        return {"value": await db.session.scalar(QUERY)}
+
+
+def advanced(app: FastAPI) -> None:
+    """advanced-alchemy."""
+    from advanced_alchemy.extensions.fastapi import AdvancedAlchemy, AsyncSessionConfig, SQLAlchemyAsyncConfig
+
+    config = SQLAlchemyAsyncConfig(
+        engine_instance=libraries.create_engine(_url(), **POOL),
+        session_config=AsyncSessionConfig(expire_on_commit=False),
+        commit_mode="autocommit",
+    )
+    _answer_with(app, AdvancedAlchemy(config, app).provide_session())
+
+
+WAYS: dict[str, Callable[[FastAPI], None]] = {
+    NO_DATABASE: no_database,
+    BY_HAND: in_handler,
+    DEPENDS: depends,
+    PEER_FASTAPI: lambda app: contextual(app, "context_async_sqlalchemy", helper=True),
+    PEER: lambda app: contextual(app, "context_async_sqlalchemy"),
+    ADVANCED: advanced,
+    FASTAPI_ASYNC: fastapi_async,
+    NATIVE: lambda app: contextual(app, "ctxalchemy"),
+    PYTHON: lambda app: contextual(app, "ctxalchemy"),
+}
+
+
+def _answer_with(app: FastAPI, get_session: Callable[..., Any]) -> None:
+    async def index(session: Any) -> dict[str, Any]:
+        return {"value": await session.scalar(QUERY)}
+
+    index.__annotations__["session"] = Annotated[AsyncSession, Depends(get_session)]
+    app.get("/")(index)
+
+
+def _session_maker() -> async_sessionmaker[AsyncSession]:
+    return libraries.create_session_maker(libraries.create_engine(_url(), **POOL))
+
+
+def _url() -> str:
+    return os.environ["TEST_DATABASE_URL"]
+
+
+def main() -> None:
+    """Serve until told to stop."""
+    pin(0)
+    app = FastAPI()
+    WAYS[sys.argv[1]](app)
+    listener = socket.create_server(("127.0.0.1", 0))
+    print(listener.getsockname()[1], flush=True)
+    config = uvicorn.Config(app, loop="uvloop", http="httptools", access_log=False, log_level="warning", lifespan="on")
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+if __name__ == "__main__":
+    main()

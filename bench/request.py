@@ -1,0 +1,328 @@
+"""Whole requests in this process, through the middlewares: CPU and wall time of each, in turns.
+
+The application is a bare ASGI function, so that what a library adds is not lost in a framework.
+PostgreSQL is measured where ``TEST_DATABASE_URL`` names one; its own CPU time does not count.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+from time import perf_counter_ns, process_time_ns
+from types import ModuleType
+from typing import Any
+
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+
+from . import libraries
+from .libraries import ADVANCED, BARE, BY_HAND, FASTAPI_ASYNC, PEER, PEER_HELPER
+from .measure import in_turns, interpreter, loudly, no_collector, pin, repetitions, save
+
+Message = MutableMapping[str, Any]
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+NO_SESSION = "no session"
+UNUSED = "session unused"
+SELECT = "one select"
+THREE = "three sessions, a select in each"
+STREAM = "a select, then a stream of 20 chunks"
+
+QUERY = text("SELECT 1")
+START: Message = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/plain")]}
+CHUNK: Message = {"type": "http.response.body", "body": b"chunk", "more_body": True}
+END: Message = {"type": "http.response.body", "body": b"done", "more_body": False}
+
+# How an application asks for its session: it awaits a function with one argument.
+Sessions = tuple[Callable[[Any], Awaitable[AsyncSession]], tuple[Any, Any, Any]]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one request took."""
+
+    cpu: float
+    wall: float
+
+
+async def respond(send: Send) -> None:
+    """Send a small response."""
+    await send(START)
+    await send(END)
+
+
+async def no_session(_scope: Scope, _receive: Receive, send: Send) -> None:
+    """An application that asks for no session."""
+    await respond(send)
+
+
+def application(work: str, sessions: Sessions) -> App:
+    """An application that asks its library for its sessions, and leaves their settling to the middleware."""
+    get, (key, second, third) = sessions
+
+    async def unused(_scope: Scope, _receive: Receive, send: Send) -> None:
+        await get(key)
+        await respond(send)
+
+    async def select(_scope: Scope, _receive: Receive, send: Send) -> None:
+        session = await get(key)
+        await session.execute(QUERY)
+        await respond(send)
+
+    async def three(_scope: Scope, _receive: Receive, send: Send) -> None:
+        for each in (key, second, third):
+            session = await get(each)
+            await session.execute(QUERY)
+        await respond(send)
+
+    async def stream(_scope: Scope, _receive: Receive, send: Send) -> None:
+        session = await get(key)
+        await session.execute(QUERY)
+        await send(START)
+        for _ in range(20):
+            await send(CHUNK)
+        await send(END)
+
+    return {NO_SESSION: no_session, UNUSED: unused, SELECT: select, THREE: three, STREAM: stream}[work]
+
+
+def by_hand(work: str, makers: list[async_sessionmaker[AsyncSession]]) -> App:
+    """The same, written by hand without any library: ``async with maker() as s, s.begin()``."""
+    maker = makers[0]
+
+    async def unused(_scope: Scope, _receive: Receive, send: Send) -> None:
+        async with maker() as session, session.begin():
+            pass
+        await respond(send)
+
+    async def select(_scope: Scope, _receive: Receive, send: Send) -> None:
+        async with maker() as session, session.begin():
+            await session.execute(QUERY)
+        await respond(send)
+
+    async def three(_scope: Scope, _receive: Receive, send: Send) -> None:
+        async with AsyncExitStack() as stack:
+            for each in makers:
+                session = await stack.enter_async_context(each())
+                await stack.enter_async_context(session.begin())
+                await session.execute(QUERY)
+        await respond(send)
+
+    async def stream(_scope: Scope, _receive: Receive, send: Send) -> None:
+        async with maker() as session, session.begin():
+            await session.execute(QUERY)
+        await send(START)
+        for _ in range(20):
+            await send(CHUNK)
+        await send(END)
+
+    return {NO_SESSION: no_session, UNUSED: unused, SELECT: select, THREE: three, STREAM: stream}[work]
+
+
+class Competitors:
+    """The applications under each middleware, on engines of their own for one database."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._engines: list[AsyncEngine] = []
+        self._connections: list[Any] = []
+
+    def all(self, work: str) -> dict[str, App]:
+        """The application that does this work, by library; without those that cannot do it."""
+        found: dict[str, App] = {BARE: no_session} if work in (NO_SESSION, UNUSED) else {}
+        if work != NO_SESSION:
+            found[BY_HAND] = by_hand(work, self._three_makers())
+        for library, package in libraries.contextual().items():
+            found[library] = package.ASGIHTTPDBSessionMiddleware(application(work, self._sessions(package)))
+            if library == PEER:
+                found[PEER_HELPER] = _base_http_middleware(application(work, self._sessions(package)))
+        if work != THREE:
+            found |= self._fastapi_async(work) | self._advanced(work)
+        return found
+
+    async def close(self) -> None:
+        """Close all connections."""
+        for connection in self._connections:
+            await connection.close()
+        for engine in self._engines:
+            await engine.dispose()
+
+    def _engine(self) -> AsyncEngine:
+        self._engines.append(libraries.create_engine(self._url))
+        return self._engines[-1]
+
+    def _three_makers(self) -> list[async_sessionmaker[AsyncSession]]:
+        return [libraries.create_session_maker(self._engine()) for _ in range(3)]
+
+    def _sessions(self, package: ModuleType) -> Sessions:
+        first, second, third = (libraries.connect(package, self._url) for _ in range(3))
+        self._connections += [first, second, third]
+        return package.db_session, (first, second, third)
+
+    def _fastapi_async(self, work: str) -> dict[str, App]:
+        try:
+            from fastapi_async_sqlalchemy import create_middleware_and_session_proxy
+        except ModuleNotFoundError:
+            return {}
+        middleware, db = create_middleware_and_session_proxy()
+
+        async def get(_key: object) -> AsyncSession:
+            session: AsyncSession = db.session
+            return session
+
+        app = application(work, (get, (None, None, None)))
+        return {FASTAPI_ASYNC: middleware(app, custom_engine=self._engine(), commit_on_exit=True)}
+
+    def _advanced(self, work: str) -> dict[str, App]:
+        try:
+            from advanced_alchemy.extensions.starlette import AdvancedAlchemy, AsyncSessionConfig, SQLAlchemyAsyncConfig
+        except ModuleNotFoundError:
+            return {}
+        from starlette.applications import Starlette
+        from starlette.requests import Request
+
+        framework = Starlette()
+        config = SQLAlchemyAsyncConfig(
+            engine_instance=self._engine(),
+            session_config=AsyncSessionConfig(expire_on_commit=False),
+            commit_mode="autocommit",
+        )
+        alchemy = AdvancedAlchemy(config, framework)
+        asked: list[Request] = []
+
+        async def get(_key: object) -> AsyncSession:
+            return alchemy.get_async_session(asked[-1])
+
+        app = application(work, (get, (None, None, None)))
+
+        async def remember(scope: Scope, receive: Receive, send: Send) -> None:
+            scope["app"] = framework
+            asked[:] = [Request(scope)]
+            await app(scope, receive, send)
+
+        middleware = framework.user_middleware[-1]
+        served: App = middleware.cls(remember, *middleware.args, **middleware.kwargs)
+        return {ADVANCED: served}
+
+
+def _base_http_middleware(app: App) -> App:
+    from context_async_sqlalchemy.starlette_utils import StarletteHTTPDBSessionMiddleware
+
+    served: App = StarletteHTTPDBSessionMiddleware(app)
+    return served
+
+
+@asynccontextmanager
+async def competitors(url: str, work: str) -> AsyncIterator[dict[str, App]]:
+    """The applications that do this work, and their connections closed at the end."""
+    made = Competitors(url)
+    try:
+        yield made.all(work)
+    finally:
+        await made.close()
+
+
+async def serve(app: App, count: int) -> Cost:
+    """Send this many requests to the application, one after the other; return the nanoseconds of each."""
+    done = asyncio.Event()
+
+    async def receive() -> Message:
+        await done.wait()
+        return {"type": "http.disconnect"}
+
+    sent = 0
+
+    async def send(message: Message) -> None:
+        nonlocal sent
+        sent += not message.get("more_body", True)
+
+    wall, cpu = perf_counter_ns(), process_time_ns()
+    for _ in range(count):
+        first = True
+
+        async def receive_once() -> Message:
+            nonlocal first
+            if first:
+                first = False
+                return {"type": "http.request", "body": b"", "more_body": False}
+            return await receive()
+
+        scope: Scope = {
+            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "GET", "scheme": "http",
+            "path": "/", "raw_path": b"/", "query_string": b"", "root_path": "", "headers": [], "state": {},
+        }  # fmt: skip
+        await app(scope, receive_once, send)
+    cost = Cost((process_time_ns() - cpu) / count, (perf_counter_ns() - wall) / count)
+    if sent != count:
+        raise AssertionError(f"{sent} responses to {count} requests")
+    return cost
+
+
+def databases() -> dict[str, str]:
+    """The URLs of the databases that are here."""
+    found = {"SQLite": f"sqlite+aiosqlite:///{tempfile.mkdtemp(prefix='bench-')}/bench.sqlite3"}
+    url = os.environ.get("TEST_DATABASE_URL")
+    if url:
+        found["PostgreSQL"] = url
+    else:
+        loudly("TEST_DATABASE_URL is not set: nothing is measured on PostgreSQL")
+    return found
+
+
+def workloads() -> list[tuple[str, str, str]]:
+    """Each work with the name of its row, and the URL of its database."""
+    urls = databases()
+    last = list(urls)[-1]
+    plain = [(work, work, urls["SQLite"]) for work in (NO_SESSION, UNUSED)]
+    selects = [(f"{SELECT}, {name}", SELECT, url) for name, url in urls.items()]
+    return [*plain, *selects, *((f"{work}, {last}", work, urls[last]) for work in (THREE, STREAM))]
+
+
+def run(quick: bool = False) -> None:
+    """Measure all workloads, and save the nanoseconds of a request: the medians of all rounds."""
+    pin(0)
+    figures: dict[str, dict[str, dict[str, float]]] = {}
+    with asyncio.Runner() as runner:
+        for row, work, url in workloads():
+            figures[row] = _measure(runner, url, work, quick)
+            _print(row, figures[row])
+    save("request", figures, libraries.backends())
+
+
+def _measure(runner: asyncio.Runner, url: str, work: str, quick: bool) -> dict[str, dict[str, float]]:
+    context = competitors(url, work)
+    apps = runner.run(context.__aenter__())
+
+    def served(app: App, count: int) -> Cost:
+        return runner.run(serve(app, count))
+
+    def nanoseconds(app: App, count: int) -> float:
+        return served(app, count).wall * count
+
+    try:
+        slow = work not in (NO_SESSION, UNUSED)
+        counts = {name: repetitions(partial(nanoseconds, app), 1e7 if slow else 3e6) for name, app in apps.items()}
+        with no_collector():
+            measures = {name: partial(served, app, counts[name]) for name, app in apps.items()}
+            samples = in_turns(measures, 20 if quick else 100)
+    finally:
+        runner.run(context.__aexit__(None, None, None))
+    return {
+        name: {"cpu": median(cost.cpu for cost in costs), "wall": median(cost.wall for cost in costs)}
+        for name, costs in samples.items()
+    }
+
+
+def _print(row: str, costs: dict[str, dict[str, float]]) -> None:
+    print(f"\nrequest, {interpreter()}, {row}: microseconds of CPU (of wall time)")
+    for name, cost in sorted(costs.items(), key=lambda entry: entry[1]["cpu"]):
+        print(f"  {name}: {cost['cpu'] / 1e3:,.1f} ({cost['wall'] / 1e3:,.1f})")

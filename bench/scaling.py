@@ -1,0 +1,82 @@
+"""Hits per second from one thread to all cores, on a free-threaded Python without the GIL."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from itertools import repeat
+from statistics import median
+from threading import Barrier, Thread
+from time import perf_counter_ns
+from types import ModuleType
+from typing import Any
+
+from . import libraries
+from .libraries import PEER
+from .measure import in_turns, interpreter, loudly, save
+
+OWN, SHARED = "a connection each", "one connection for all"
+
+
+def run(quick: bool = False) -> None:
+    """Measure from one thread to all cores, and save millions of hits per second."""
+    if getattr(sys, "_is_gil_enabled", lambda: True)():
+        # On a free-threaded Python, greenlet has turned it on.
+        loudly("scaling is NOT measured: the GIL is on (it takes a free-threaded Python, with -Xgil=0)")
+        return
+    counts = sorted({1, 2, 4, os.cpu_count() or 1})
+    hits = 50_000 if quick else 300_000
+    measures: dict[tuple[str, str, int], Callable[[], float]] = {}
+    for library, package in libraries.contextual().items():
+        for sharing in (OWN, SHARED):
+            for threads in counts:
+                measures[library, sharing, threads] = partial(_rate, package, threads, sharing == OWN, hits)
+    samples = in_turns(measures, 3 if quick else 9)
+    figures: dict[str, dict[str, dict[str, float]]] = {}
+    for (library, sharing, threads), rates in samples.items():
+        figures.setdefault(sharing, {}).setdefault(library, {})[str(threads)] = round(median(rates), 2)
+    save("scaling", figures, libraries.backends())
+    _print(figures)
+
+
+def _rate(package: ModuleType, threads: int, own: bool, hits: int) -> float:
+    """Millions of hits per second, all threads together."""
+    shared = libraries.connect(package, "sqlite+aiosqlite://")
+    barrier = Barrier(threads)
+    spans: list[tuple[int, int]] = []
+
+    def work() -> None:
+        connection = libraries.connect(package, "sqlite+aiosqlite://") if own else shared
+        package.init_db_session_ctx()
+        package.put_db_session_to_context(connection, object())
+        loop = _loop(package.db_session, connection, hits)
+        barrier.wait()
+        started = perf_counter_ns()
+        try:
+            loop.send(None)
+        except StopIteration:
+            spans.append((started, perf_counter_ns()))
+
+    workers = [Thread(target=work) for _ in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    first, last = min(span[0] for span in spans), max(span[1] for span in spans)
+    return threads * hits / (last - first) * 1e3
+
+
+async def _loop(db_session: Callable[[Any], Any], connection: object, hits: int) -> None:
+    for _ in repeat(None, hits):
+        await db_session(connection)
+
+
+def _print(figures: dict[str, dict[str, dict[str, float]]]) -> None:
+    print(f"\nscaling, {interpreter()}: millions of hits per second, by number of threads")
+    for sharing, libraries_ in figures.items():
+        for library, rates in libraries_.items():
+            peer = libraries_.get(PEER, {}).get("1")
+            times = f" ({rates['1'] / peer:.1f}x at 1)" if peer else ""
+            print(f"  {sharing}: {library}: {', '.join(f'{n}: {rate}' for n, rate in rates.items())}{times}")

@@ -1,0 +1,26 @@
+"""The cases of ``micro.py`` under pytest-benchmark, to compare runs and for CI.
+
+    pytest bench/test_micro.py --benchmark-only --benchmark-json=FILE
+    pytest bench/test_micro.py --benchmark-only --benchmark-autosave --benchmark-compare
+
+Each round repeats the operation 1,000 times: microseconds of a round are nanoseconds of an operation,
+loop included; ``micro.py`` gives them net.
+"""
+
+from __future__ import annotations
+
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from .micro import Case, cases
+
+REPETITIONS = 1000
+
+
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_micro(benchmark: BenchmarkFixture, case: Case) -> None:
+    benchmark.group = case.operation
+    benchmark.extra_info |= {"library": case.library, "repetitions": REPETITIONS}
+    benchmark.pedantic(  # type: ignore[no-untyped-call]
+        case.nanoseconds, args=(REPETITIONS // case.tasks,), rounds=30, warmup_rounds=2
+    )

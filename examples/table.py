@@ -1,0 +1,34 @@
+"""A table in plain text; in colour where a person looks at it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+RED, GREEN, BOLD, DIM = "31", "32", "1", "2"
+
+
+def paint(text: str, colour: str) -> str:
+    """Colour the text on a terminal, unless https://no-color.org is asked for."""
+    if os.environ.get("NO_COLOR") or not sys.stdout.isatty():
+        return text
+    return f"\033[{colour}m{text}\033[0m"
+
+
+class Table:
+    """Prints rows as they come, in columns of these widths."""
+
+    def __init__(self, **columns: int) -> None:
+        self._widths = tuple(columns.values())
+        titles = [name.replace("_", " ") for name in columns]
+        print(paint(self._line(titles), BOLD))
+        print(paint("  ".join("-" * width for width in self._widths), DIM))
+
+    def row(self, *cells: str, good: bool) -> None:
+        """Print a row that ends with whether it is as it should be."""
+        *others, last = self._line([*cells, "yes" if good else "NO"]).rpartition("  ")
+        print("".join(others) + paint(last, GREEN if good else RED), flush=True)
+
+    def _line(self, cells: Sequence[str]) -> str:
+        return "  ".join(cell.ljust(width) for cell, width in zip(cells, self._widths, strict=True)).rstrip()

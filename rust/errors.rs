@@ -1,0 +1,51 @@
+//! The exceptions that both backends raise, made where their wording is written.
+
+use std::convert::Infallible;
+
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+
+use crate::raw::{Raised, caught};
+
+struct Errors {
+    no_context: Py<PyAny>,
+    closed_context: Py<PyAny>,
+    context_already_open: Py<PyAny>,
+}
+
+static ERRORS: PyOnceLock<Errors> = PyOnceLock::new();
+
+pub fn install(py: Python<'_>) -> PyResult<()> {
+    ERRORS.get_or_try_init(py, || {
+        let errors = py.import("ctxalchemy._errors")?;
+        PyResult::Ok(Errors {
+            no_context: errors.getattr("no_context")?.unbind(),
+            closed_context: errors.getattr("closed_context")?.unbind(),
+            context_already_open: errors.getattr("context_already_open")?.unbind(),
+        })
+    })?;
+    Ok(())
+}
+
+#[cold]
+pub fn no_context(py: Python<'_>) -> Raised {
+    made(py, |errors| &errors.no_context)
+}
+
+#[cold]
+pub fn closed_context(py: Python<'_>) -> Raised {
+    made(py, |errors| &errors.closed_context)
+}
+
+#[cold]
+pub fn context_already_open(py: Python<'_>) -> Raised {
+    made(py, |errors| &errors.context_already_open)
+}
+
+fn made(py: Python<'_>, which: fn(&Errors) -> &Py<PyAny>) -> Raised {
+    let Err(raised) = caught::<Infallible>(|| {
+        let errors = ERRORS.get(py).expect("set when the module is imported");
+        Err(PyErr::from_value(which(errors).bind(py).call0()?).into())
+    });
+    raised
+}

@@ -1,0 +1,83 @@
+//! The session of the current context: `db_session` and `db_session_nowait`.
+
+use std::ffi::CStr;
+
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+
+use crate::raw::{self, Argument, Body, Coroutine, Outcome, Raised, Store};
+use crate::{errors, store};
+
+/// What makes a session where there is none yet, in Python.
+struct FirstSession {
+    awaited: Py<PyAny>,
+    nowait: Py<PyAny>,
+}
+
+static FIRST_SESSION: PyOnceLock<FirstSession> = PyOnceLock::new();
+
+pub fn install(py: Python<'_>) -> PyResult<()> {
+    FIRST_SESSION.get_or_try_init(py, || {
+        let module = py.import("ctxalchemy._first_session")?;
+        PyResult::Ok(FirstSession {
+            awaited: module.getattr("first_session")?.unbind(),
+            nowait: module.getattr("first_session_nowait")?.unbind(),
+        })
+    })?;
+    Ok(())
+}
+
+pub struct DbSession;
+impl Body<1> for DbSession {
+    const PARAMETERS: [&'static CStr; 1] = [c"connect"];
+
+    #[inline(always)]
+    fn call<'py>(_: Python<'py>, [connect]: [Argument<'_, 'py>; 1]) -> Outcome<'py> {
+        Coroutine::object(connect)
+    }
+}
+
+pub struct DbSessionNowait;
+impl Body<1> for DbSessionNowait {
+    const PARAMETERS: [&'static CStr; 1] = [c"connect"];
+
+    #[inline(always)]
+    fn call<'py>(py: Python<'py>, [connect]: [Argument<'_, 'py>; 1]) -> Outcome<'py> {
+        match find(py, connect)? {
+            Found::Session(session) => Ok(session),
+            Found::NotYetIn(store) => Ok(first_session(py)?.nowait.bind(py).call1((store, connect))?),
+        }
+    }
+}
+
+/// Where a lookup ends.
+pub enum Found<'py> {
+    Session(Bound<'py, PyAny>),
+    /// There is none yet in this store.
+    NotYetIn(Bound<'py, PyAny>),
+}
+
+/// Look up the session in the context of the current thread or task.
+#[inline(always)]
+pub fn find<'py>(py: Python<'py>, connect: Argument<'_, 'py>) -> Result<Found<'py>, Raised> {
+    let current = raw::current(py)?;
+    let Some(store) = Store::of(&current) else {
+        return Err(errors::no_context(py));
+    };
+    match store::session(store, connect) {
+        Some(session) => Ok(Found::Session(session)),
+        None => Ok(Found::NotYetIn(current)),
+    }
+}
+
+/// The Python coroutine that makes the session.
+#[cold]
+pub fn make<'py>(store: Bound<'py, PyAny>, connect: Argument<'_, 'py>) -> PyResult<Bound<'py, PyAny>> {
+    let py = store.py();
+    first_session(py)?.awaited.bind(py).call1((store, connect))
+}
+
+fn first_session(py: Python<'_>) -> PyResult<&FirstSession> {
+    install(py)?;
+    Ok(FIRST_SESSION.get(py).expect("just installed"))
+}

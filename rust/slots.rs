@@ -1,0 +1,160 @@
+//! Keyed slots in insertion order, for the one or two keys there mostly are.
+
+/// Pairs of key and value, both a `T`.
+///
+/// A key is found by a scan: up to sixteen keys that is as fast as a hash map, and one key, the
+/// common number, needs no allocation.  Whatever is replaced or removed is returned, never dropped
+/// here: the caller decides when a destructor may run.
+#[derive(Clone)]
+pub struct Slots<T> {
+    first: Option<(T, T)>,
+    // One pointer wide while there is at most one key.
+    #[expect(clippy::box_collection)]
+    rest: Option<Box<Vec<(T, T)>>>,
+}
+
+impl<T> Slots<T> {
+    pub const fn new() -> Self {
+        Self { first: None, rest: None }
+    }
+
+    pub fn len(&self) -> usize {
+        usize::from(self.first.is_some()) + self.rest.as_ref().map_or(0, |rest| rest.len())
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = &(T, T)> {
+        self.first.iter().chain(self.rest.iter().flat_map(|rest| rest.iter()))
+    }
+
+    /// The value of the key that `same` knows.
+    #[inline]
+    pub fn get(&self, same: impl Fn(&T) -> bool) -> Option<&T> {
+        match &self.first {
+            Some((key, value)) if same(key) => Some(value),
+            _ => {
+                let mut rest = self.rest.as_ref()?.iter();
+                rest.find(|(key, _)| same(key)).map(|(_, value)| value)
+            }
+        }
+    }
+
+    /// Set the value of `key`, in its place if it has one, else at the end.  Returns the pair that was there.
+    pub fn put(&mut self, key: T, value: T, same: impl Fn(&T) -> bool) -> Option<(T, T)> {
+        let pair = (key, value);
+        if self.first.as_ref().is_none_or(|(key, _)| same(key)) {
+            return self.first.replace(pair);
+        }
+        let rest = self.rest.get_or_insert_default();
+        match rest.iter_mut().find(|(key, _)| same(key)) {
+            Some(place) => Some(std::mem::replace(place, pair)),
+            None => {
+                rest.push(pair);
+                None
+            }
+        }
+    }
+
+    /// Remove and return the pair of the key that `same` knows.
+    pub fn pop(&mut self, same: impl Fn(&T) -> bool) -> Option<(T, T)> {
+        if self.first.as_ref().is_some_and(|(key, _)| same(key)) {
+            // Others move up: `first` is empty only when all is.
+            let next = match &mut self.rest {
+                Some(rest) if !rest.is_empty() => Some(rest.remove(0)),
+                _ => None,
+            };
+            return std::mem::replace(&mut self.first, next);
+        }
+        let rest = self.rest.as_mut()?;
+        let index = rest.iter().position(|(key, _)| same(key))?;
+        Some(rest.remove(index))
+    }
+
+    /// Remove and return everything.
+    pub fn take(&mut self) -> Self {
+        std::mem::replace(self, Self::new())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Slots;
+
+    fn slots(keys: &[u8]) -> Slots<u8> {
+        let mut slots = Slots::new();
+        for &key in keys {
+            put(&mut slots, key, key * 10);
+        }
+        slots
+    }
+
+    fn put(slots: &mut Slots<u8>, key: u8, value: u8) -> Option<(u8, u8)> {
+        slots.put(key, value, |each| *each == key)
+    }
+
+    fn get(slots: &Slots<u8>, key: u8) -> Option<u8> {
+        slots.get(|each| *each == key).copied()
+    }
+
+    fn pop(slots: &mut Slots<u8>, key: u8) -> Option<(u8, u8)> {
+        slots.pop(|each| *each == key)
+    }
+
+    fn keys(slots: &Slots<u8>) -> Vec<u8> {
+        slots.iter().map(|(key, _)| *key).collect()
+    }
+
+    #[test]
+    fn finds_every_key() {
+        let slots = slots(&[1, 2, 3, 4, 5, 6]);
+        for key in 1..=6 {
+            assert_eq!(get(&slots, key), Some(key * 10));
+        }
+        assert_eq!(get(&slots, 7), None);
+        assert_eq!(slots.len(), 6);
+    }
+
+    #[test]
+    fn keeps_the_place_of_a_replaced_key() {
+        let mut slots = slots(&[1, 2, 3]);
+        assert_eq!(put(&mut slots, 1, 11), Some((1, 10)));
+        assert_eq!(put(&mut slots, 2, 22), Some((2, 20)));
+        assert_eq!(keys(&slots), [1, 2, 3]);
+        assert_eq!(get(&slots, 1), Some(11));
+        assert_eq!(get(&slots, 2), Some(22));
+    }
+
+    #[test]
+    fn keeps_the_order_when_a_key_goes() {
+        let mut slots = slots(&[1, 2, 3, 4]);
+        assert_eq!(pop(&mut slots, 1), Some((1, 10)));
+        assert_eq!(keys(&slots), [2, 3, 4]);
+        assert_eq!(pop(&mut slots, 3), Some((3, 30)));
+        assert_eq!(pop(&mut slots, 3), None);
+        assert_eq!(put(&mut slots, 1, 12), None);
+        assert_eq!(keys(&slots), [2, 4, 1]);
+    }
+
+    #[test]
+    fn is_empty_after_the_last_key() {
+        let mut slots = slots(&[1, 2]);
+        pop(&mut slots, 1);
+        pop(&mut slots, 2);
+        assert_eq!(slots.len(), 0);
+        assert_eq!(pop(&mut slots, 2), None);
+        assert_eq!(put(&mut slots, 5, 50), None);
+        assert_eq!(keys(&slots), [5]);
+    }
+
+    #[test]
+    fn gives_everything_away_in_order() {
+        let mut slots = slots(&[3, 1, 2]);
+        assert_eq!(keys(&slots.take()), [3, 1, 2]);
+        assert_eq!(slots.len(), 0);
+        assert_eq!(get(&slots, 3), None);
+    }
+
+    #[test]
+    fn is_three_words_wide() {
+        assert_eq!(size_of::<Slots<Box<u8>>>(), 3 * size_of::<usize>());
+    }
+}

@@ -1,0 +1,693 @@
+"""A request that is cancelled at any point at which it waits leaves nothing behind.
+
+Each request is run over and over, cancelled at the first point, the second, and so on, until it runs
+through.  ``support.cancelling`` says in which manners.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from sqlalchemy import event, text
+from sqlalchemy.ext.asyncio import AsyncEngine
+from starlette.applications import Starlette
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.routing import Route
+from support.apps import Answer, Kind, build, call, http_scope
+from support.cancelling import Manner, Run, sweep
+from support.database import Database, add_note, checked_out
+from support.faults import CommitGate, assert_whole, psycopg_connection
+from support.sessions import OverriddenSession, maker_creator
+from support.waiting import eventually
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from types import ModuleType
+
+    from sqlalchemy.ext.asyncio import AsyncSession
+
+Endpoint = Callable[[], Awaitable[Answer]]
+
+
+class World:
+    """What a request works with, and what it was seen to do.
+
+    The n-th commit on the connection called ``first`` writes the note ``first n``.
+    """
+
+    def __init__(self, ctxalchemy: ModuleType, database: Database, connect: Any = None) -> None:
+        self.ctxalchemy = ctxalchemy
+        self.database = database
+        self._connect = connect or (lambda ctxalchemy, database: database.connection(ctxalchemy))
+        self.first = self.connection("first")
+        self.second = self.connection("second")
+        self.commits: Counter[str] = Counter()
+        self.answers: list[int] = []
+        self.uses_second = False
+        self.checked = 0
+        self.raised: LookupError | None = None
+        self.context_kept: bool | None = None
+
+    def connection(self, name: str, **options: Any) -> Any:
+        """A connection with a pool of one, whose COMMITs are counted as they go out."""
+        plain = self._connect(self.ctxalchemy, self.database)
+
+        def create_engine(host: str) -> AsyncEngine:
+            engine: AsyncEngine = plain.engine_creator(host)
+            event.listen(engine.sync_engine, "commit", lambda _: self.commits.update([name]))
+            return engine
+
+        maker = options.pop("maker", plain.session_maker_creator)
+        return self.ctxalchemy.DBConnect(create_engine, maker, plain.host, **options)
+
+    @property
+    def connections(self) -> list[Any]:
+        """Those that the request uses."""
+        return [self.first, self.second] if self.uses_second else [self.first]
+
+    async def session(self, connection: Any = None) -> AsyncSession:
+        session: AsyncSession = await self.ctxalchemy.db_session(connection or self.first)
+        return session
+
+    async def add(self, name: str, connection: Any = None) -> None:
+        self.uses_second = self.uses_second or connection is self.second
+        await add_note(await self.session(connection), name)
+
+    async def serve(self, endpoint: Endpoint, kind: Kind = "asgi") -> None:
+        await self.call(build(kind, self.ctxalchemy, endpoint))
+
+    async def call(self, app: Any) -> None:
+        async def on_message(message: dict[str, Any]) -> None:
+            await asyncio.sleep(0)
+            if message["type"] == "http.response.start":
+                self.answers.append(message["status"])
+
+        await call(app, on_message)
+
+
+Request = Callable[[World], Awaitable[None]]
+
+
+@dataclass
+class Shape:
+    """A request.
+
+    Args:
+        request: runs it.
+        notes: what it commits.
+        status: what it answers.
+        error: what it raises.
+        points: at how many points it waits at least.
+        opens: it opens its database connections anew.
+        held: the only database connection is in use by somebody else when it begins.
+        handler: a slow ``before_create_session_handler``.
+        maker: the options of another session maker.
+    """
+
+    request: Request
+    notes: tuple[str, ...] = ("first 1",)
+    status: int | None = 200
+    error: type[Exception] | None = None
+    points: int = 3
+    opens: bool = False
+    held: bool = False
+    handler: bool = False
+    maker: dict[str, Any] = field(default_factory=dict)
+
+
+SHAPES: dict[str, Shape] = {}
+
+
+def shape(**options: Any) -> Callable[[Request], Request]:
+    def register(request: Request) -> Request:
+        SHAPES[request.__name__] = Shape(request, **options)
+        return request
+
+    return register
+
+
+# --- the requests ------------------------------------------------------------------------------------
+
+
+@shape()
+async def waits_in_its_handler(world: World) -> None:
+    async def endpoint() -> Answer:
+        await world.add("first 1")
+        await asyncio.sleep(0.001)
+        return Answer()
+
+    await world.serve(endpoint)
+
+
+@shape(opens=True, points=10)
+async def opens_its_database_connection(world: World) -> None:
+    await waits_in_its_handler(world)
+
+
+@shape(held=True)
+async def waits_for_the_pool(world: World) -> None:
+    await waits_in_its_handler(world)
+
+
+@shape()
+async def is_in_a_slow_statement(world: World) -> None:
+    async def endpoint() -> Answer:
+        session = await world.session()
+        await add_note(session, "first 1")
+        await session.execute(text("SELECT pg_sleep(0.02)"))
+        return Answer()
+
+    await world.serve(endpoint)
+
+
+@shape(notes=("first 1", "slow 1"))
+async def is_in_a_slow_commit(world: World) -> None:
+    async def endpoint() -> Answer:
+        await world.add("first 1")
+        await world.add("slow 1")
+        return Answer()
+
+    await world.serve(endpoint)
+
+
+@shape(notes=(), status=404)
+async def rolls_back(world: World) -> None:
+    async def endpoint() -> Answer:
+        await world.add("undone")
+        return Answer(404)
+
+    await world.serve(endpoint)
+
+
+@shape(notes=(), status=None, error=LookupError)
+async def raises(world: World) -> None:
+    async def endpoint() -> Answer:
+        await world.add("undone")
+        await world.add("undone too", world.second)
+        raise LookupError("on the way")
+
+    await world.serve(endpoint)
+
+
+@shape(notes=("first 1", "second 1"))
+async def uses_two_databases(world: World) -> None:
+    async def endpoint() -> Answer:
+        await world.add("first 1")
+        await world.add("second 1", world.second)
+        return Answer()
+
+    await world.serve(endpoint)
+
+
+@shape(notes=(), status=400)
+async def rolls_back_two_databases(world: World) -> None:
+    async def endpoint() -> Answer:
+        await world.add("undone")
+        await world.add("undone too", world.second)
+        return Answer(400)
+
+    await world.serve(endpoint)
+
+
+@shape(notes=("first 1", "first 2", "first 3"))
+async def streams_and_has_a_background_task(world: World) -> None:
+    async def stream() -> AsyncIterator[bytes]:
+        await world.add("first 2")
+        await (await world.session()).commit()
+        yield b"one"
+
+    async def background() -> None:
+        await world.add("first 3")
+
+    async def endpoint() -> Answer:
+        await world.add("first 1")
+        return Answer(200, stream(), background)
+
+    await world.serve(endpoint)
+
+
+@shape()
+async def is_served_by_starlette(world: World) -> None:
+    async def endpoint() -> Answer:
+        await world.add("first 1")
+        return Answer()
+
+    await world.serve(endpoint, "starlette")
+
+
+@shape()
+async def is_served_by_fastapi(world: World) -> None:
+    async def endpoint() -> Answer:
+        await world.add("first 1")
+        return Answer()
+
+    await world.serve(endpoint, "fastapi")
+
+
+@shape()
+async def goes_through_the_dispatch_function(world: World) -> None:
+    async def serve_request(_request: Any) -> Any:
+        await world.add("first 1")
+        return Answer().as_response()
+
+    app = Starlette(routes=[Route("/", serve_request)])
+    app.add_middleware(BaseHTTPMiddleware, dispatch=world.ctxalchemy.starlette.starlette_http_db_session_middleware)
+    await world.call(app)
+
+
+@shape(status=None)
+async def is_a_websocket(world: World) -> None:
+    async def app(_scope: Any, _receive: Any, send: Any) -> None:
+        await world.add("first 1")
+        await send({"type": "websocket.accept"})
+
+    async def send(_message: Any) -> None:
+        await asyncio.sleep(0)
+
+    middleware = world.ctxalchemy.ASGIHTTPDBSessionMiddleware(app, websocket=True)
+    await middleware({**http_scope(), "type": "websocket"}, None, send)
+
+
+@shape(handler=True)
+async def has_a_slow_handler_before_its_session(world: World) -> None:
+    await waits_in_its_handler(world)
+
+
+@shape(handler=True, points=8)
+async def asks_for_its_first_session_in_several_tasks(world: World) -> None:
+    async def endpoint() -> Answer:
+        sessions = await asyncio.gather(*(world.session() for _ in range(3)))
+        assert len(set(map(id, sessions))) == 1
+        await add_note(sessions[0], "first 1")
+        return Answer()
+
+    await world.serve(endpoint)
+
+
+@shape(maker={"class_": OverriddenSession, "info": {"journal": []}})
+async def has_a_session_that_overrides_how_it_ends(world: World) -> None:
+    await waits_in_its_handler(world)
+
+
+@shape(notes=(), status=None, error=LookupError, maker={"class_": OverriddenSession, "info": {"journal": []}})
+async def raises_with_a_session_that_overrides_how_it_ends(world: World) -> None:
+    async def endpoint() -> Answer:
+        await world.add("undone")
+        raise LookupError("on the way")
+
+    await world.serve(endpoint)
+
+
+@shape(status=None)
+async def is_in_run_in_new_ctx(world: World) -> None:
+    async def work() -> None:
+        await world.add("first 1")
+        await asyncio.sleep(0)
+
+    await world.ctxalchemy.run_in_new_ctx(work)
+
+
+@shape(notes=("first 1", "second 1"), status=None)
+async def is_in_new_ctx(world: World) -> None:
+    async with world.ctxalchemy.new_ctx():
+        await world.add("first 1")
+        await world.add("second 1", world.second)
+
+
+@shape(notes=("first 1", "first 2", "first 3"), status=None)
+async def is_in_atomic_db_session(world: World) -> None:
+    async with world.ctxalchemy.new_ctx():
+        await world.add("first 1")
+        async with world.ctxalchemy.atomic_db_session(world.first, "commit") as session:
+            await add_note(session, "first 2")
+        await world.add("undone")
+        async with world.ctxalchemy.atomic_db_session(world.first, "rollback") as session:
+            await add_note(session, "first 3")
+
+
+@shape(status=None)
+async def is_in_new_non_ctx_atomic_session(world: World) -> None:
+    async with world.ctxalchemy.new_non_ctx_atomic_session(world.first) as session:
+        await add_note(session, "first 1")
+
+
+@shape(notes=(), status=None)
+async def closes_a_session_that_is_in_a_transaction(world: World) -> None:
+    async with world.ctxalchemy.new_non_ctx_session(world.first) as session:
+        await add_note(session, "undone")
+
+
+@shape(status=None)
+async def opens_and_resets_its_context_by_hand(world: World) -> None:
+    package = world.ctxalchemy
+    token = package.init_db_session_ctx()
+    try:
+        await world.add("first 1")
+        await package.commit_db_session(world.first)
+        await world.add("undone")
+        await package.rollback_db_session(world.first)
+        await world.add("undone")
+        await package.close_db_session(world.first)
+        await world.add("undone")
+        await world.add("undone too", world.second)
+    finally:
+        await package.reset_db_session_ctx(token)
+
+
+@shape(status=None)
+async def is_in_a_test_context(world: World) -> None:
+    async with world.ctxalchemy.testing.set_test_context(auto_close=True):
+        await world.add("first 1")
+
+
+@shape(notes=(), status=None, points=6)
+async def is_in_a_rollback_session(world: World) -> None:
+    testing = world.ctxalchemy.testing
+    async with testing.rollback_session(world.first) as session, testing.set_test_context():
+        async with testing.put_savepoint_session_in_ctx(world.first, session) as inner:
+            await add_note(inner, "undone")
+            await inner.commit()
+
+
+@shape(notes=("first 1", "second 1"), points=8)
+async def calls_another_application_in_process(world: World) -> None:
+    async def inner() -> Answer:
+        await world.add("second 1", world.second)
+        return Answer()
+
+    async def endpoint() -> Answer:
+        await call(build("asgi", world.ctxalchemy, inner))
+        await world.add("first 1")
+        return Answer()
+
+    await world.serve(endpoint)
+
+
+# --- what is checked ---------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def prepared(world: World, shape: Shape) -> AsyncIterator[None]:
+    options: dict[str, Any] = {}
+    if shape.handler:
+
+        async def handler(_connection: Any) -> None:
+            await asyncio.sleep(0)
+            await asyncio.sleep(0.001)
+
+        options["before_create_session_handler"] = handler
+    if shape.maker:
+        options["maker"] = maker_creator(**shape.maker)
+    if options:
+        world.first = world.connection("first", **options)
+    if "slow 1" in shape.notes:
+        await world.database.observer.execute(
+            "CREATE FUNCTION take_a_while() RETURNS trigger LANGUAGE plpgsql AS "
+            "$$ BEGIN PERFORM pg_sleep(0.02); RETURN NULL; END $$;"
+            "CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON note DEFERRABLE INITIALLY DEFERRED "
+            "FOR EACH ROW WHEN (NEW.name LIKE 'slow%') EXECUTE FUNCTION take_a_while()"
+        )
+    try:
+        yield
+    finally:
+        for connection in (world.first, world.second):
+            await connection.close()
+
+
+Check = Callable[[World, Run], Awaitable[None]]
+
+
+async def cancel_everywhere(world: World, shape: Shape, manner: Manner, check: Check) -> None:
+    ctxalchemy, database = world.ctxalchemy, world.database
+    async with prepared(world, shape):
+        await assert_whole(ctxalchemy, database, world.first, world.second, notes=[])
+        holder: asyncio.Task[None] | None = None
+
+        async def hold() -> None:
+            async with ctxalchemy.new_non_ctx_session(world.first) as session:
+                await session.connection()
+                await asyncio.sleep(0.01)
+
+        async def before() -> None:
+            nonlocal holder
+            await database.observer.execute("DELETE FROM note")
+            if shape.opens:
+                for connection in world.connections:
+                    await connection.close()
+            if shape.held:
+                holder = asyncio.create_task(hold())
+                while not await checked_out(world.first):
+                    await asyncio.sleep(0)
+            world.commits.clear()
+            world.answers.clear()
+            world.raised = world.context_kept = None
+
+        async def request() -> None:
+            outer = ctxalchemy.is_context_initiated()
+            try:
+                await shape.request(world)
+            except LookupError as error:
+                world.raised = error
+                raise
+            finally:
+                world.context_kept = ctxalchemy.is_context_initiated() is outer
+
+        async def check_run(run: Run) -> None:
+            if holder is not None:
+                await holder
+            await check(world, run)
+
+        assert await sweep(manner, request, check_run, before=before, step=2) >= shape.points
+
+
+def story(error: BaseException | None) -> str:
+    """All that an error tells, with the errors that it came of."""
+    if error is None:
+        return ""
+    told = [repr(error), str(error), *getattr(error, "__notes__", [])]
+    return "\n".join([*told, story(error.__cause__), story(error.__context__)])
+
+
+async def assert_nothing_left(world: World, shape: Shape, run: Run) -> None:
+    """Nothing is left of the run, and what is committed is what may be."""
+    commits, answers = world.commits.copy(), list(world.answers)
+    left = [await checked_out(connection) for connection in world.connections]
+    assert not any(left)
+    assert world.context_kept
+    assert await world.database.settled()
+    notes = await world.database.notes()
+    for note in shape.notes:
+        connection, number = note.replace("slow", "first").split()
+        if commits[connection] > int(number) or (not run.cancellations and shape.error is None):
+            assert note in notes, "a commit that was through is lost"
+        elif commits[connection] < int(number):
+            assert note not in notes, "it is committed without a COMMIT"
+    if answers and answers[0] < 400 and shape.status is not None:
+        assert set(notes) >= {note for note in shape.notes if note in ("first 1", "slow 1", "second 1")}
+    assert set(notes) <= set(shape.notes)
+    assert world.ctxalchemy.is_context_initiated() is False
+    if world.checked != run.point:
+        # Of the other runs, the next run is the next request.
+        world.checked = run.point
+        await assert_whole(world.ctxalchemy, world.database, *world.connections, notes=notes)
+
+
+MANNERS: tuple[Manner, ...] = ("late", "again", "scope")
+"""``again`` ends with a run that is cancelled once, at each point."""
+
+SHUT_DOWN = (
+    "waits_in_its_handler",
+    "opens_its_database_connection",
+    "waits_for_the_pool",
+    "is_in_a_slow_commit",
+    "raises",
+    "uses_two_databases",
+    "rolls_back_two_databases",
+    "goes_through_the_dispatch_function",
+    "is_in_run_in_new_ctx",
+    "is_in_new_ctx",
+)
+BY_ITS_DRIVER = (
+    "waits_in_its_handler",
+    "opens_its_database_connection",
+    "waits_for_the_pool",
+    "is_in_a_slow_statement",
+    "is_in_a_slow_commit",
+    "raises",
+    "uses_two_databases",
+    "is_in_atomic_db_session",
+)
+
+
+def check_of(shape: Shape, manner: Manner) -> Check:
+    async def check(world: World, run: Run) -> None:
+        if run.cancellations:
+            assert type(run.error) is asyncio.CancelledError, "it is another error"
+            if world.raised is not None and manner != "scope":
+                assert "on the way" in story(run.error), "the first error is lost"
+        elif shape.error is not None:
+            assert run.error is world.raised
+        else:
+            assert run.error is None
+            assert world.answers == ([] if shape.status is None else [shape.status])
+        assert run.complaints == []
+        await assert_nothing_left(world, shape, run)
+
+    return check
+
+
+@pytest.mark.parametrize("manner", MANNERS)
+@pytest.mark.parametrize("name", SHAPES)
+async def test_a_request_that_is_cancelled_leaves_nothing_behind(
+    ctxalchemy: ModuleType, database: Database, name: str, manner: Manner
+) -> None:
+    shape = SHAPES[name]
+    await cancel_everywhere(World(ctxalchemy, database), shape, manner, check_of(shape, manner))
+
+
+@pytest.mark.parametrize("name", SHUT_DOWN)
+async def test_a_request_whose_clean_up_is_cancelled_with_everything_else_leaves_nothing_behind(
+    ctxalchemy: ModuleType, database: Database, name: str
+) -> None:
+    shape = SHAPES[name]
+    await cancel_everywhere(World(ctxalchemy, database), shape, "everything", check_of(shape, "everything"))
+
+
+@pytest.mark.parametrize("manner", ["again", "scope"])
+@pytest.mark.parametrize("name", BY_ITS_DRIVER)
+async def test_a_request_that_is_cancelled_over_psycopg_leaves_nothing_behind(
+    ctxalchemy: ModuleType, database: Database, name: str, manner: Manner
+) -> None:
+    shape = SHAPES[name]
+    world = World(ctxalchemy, database, psycopg_connection)
+    await cancel_everywhere(world, shape, manner, check_of(shape, manner))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "waits_in_its_handler",
+        "is_in_a_slow_statement",
+        "is_in_a_slow_commit",
+        "rolls_back",
+        "raises",
+        "uses_two_databases",
+        "is_served_by_starlette",
+        "is_a_websocket",
+        "has_a_session_that_overrides_how_it_ends",
+    ],
+)
+async def test_a_request_that_is_thrown_away_leaves_nothing_behind(
+    ctxalchemy: ModuleType, database: Database, name: str
+) -> None:
+    """SQLAlchemy cannot be thrown away quietly in the middle of a statement: it waits for its clean-up even so."""
+
+    async def check(world: World, run: Run) -> None:
+        if run.cancellations:
+            assert run.error is None or "coroutine ignored GeneratorExit" in story(run.error)
+        await assert_nothing_left(world, SHAPES[name], run)
+
+    await cancel_everywhere(World(ctxalchemy, database), SHAPES[name], "thrown away", check)
+
+
+# --- single points -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("later", [None, 0, 1, 2, 3, 4])
+async def test_who_is_cancelled_between_two_commits_learns_of_the_first(
+    ctxalchemy: ModuleType, database: Database, connection: Any, other: Any, third: Any, later: int | None
+) -> None:
+    """It is cancelled in the COMMIT of the second of three, and once more while the rest is rolled back."""
+
+    async def endpoint() -> Answer:
+        for each, name in ((connection, "first"), (other, "slow second"), (third, "third")):
+            await add_note(await ctxalchemy.db_session(each), name)
+        return Answer()
+
+    async with CommitGate.close(database) as gate:
+        request = asyncio.create_task(call(build("asgi", ctxalchemy, endpoint)))
+        await gate.reached()
+        request.cancel()
+        if later is not None:
+            for _ in range(later):
+                await asyncio.sleep(0)
+            request.cancel()
+        with pytest.raises(asyncio.CancelledError) as caught:
+            await request
+        told = story(caught.value)
+    assert "1 session(s) had been committed" in told
+    assert await database.settled()
+    assert await database.notes() in (["first"], ["first", "slow second"])
+    await assert_whole(ctxalchemy, database, connection, other, third, notes=await database.notes())
+
+
+async def test_a_request_in_process_that_is_given_up_leaves_the_outer_one_untouched(
+    ctxalchemy: ModuleType, database: Database, connection: Any, other: Any
+) -> None:
+    async def inner() -> Answer:
+        session = await ctxalchemy.db_session(other)
+        await add_note(session, "undone")
+        await session.execute(text("SELECT pg_sleep(10)"))
+        return Answer()
+
+    async def outer() -> Answer:
+        session = await ctxalchemy.db_session(connection)
+        await add_note(session, "before")
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await call(build("asgi", ctxalchemy, inner))
+        assert await checked_out(other) == 0
+        assert await ctxalchemy.db_session(connection) is session
+        await add_note(session, "after")
+        return Answer()
+
+    sent = await call(build("asgi", ctxalchemy, outer))
+    assert sent[0]["status"] == 200
+    await assert_whole(ctxalchemy, database, connection, other, notes=["before", "after"])
+
+
+async def test_the_server_gives_up_a_statement_whose_client_was_cut_off(
+    ctxalchemy: ModuleType, database: Database
+) -> None:
+    """Who is cancelled twice at once has no time to tell the server, which notices only when it looks.
+
+    By default it looks when the statement is over; with ``client_connection_check_interval`` before.
+    """
+    settings = {
+        "search_path": database.name,
+        "application_name": database.name,
+        "client_connection_check_interval": "50ms",
+    }
+    connection = ctxalchemy.DBConnect.from_url(
+        database.url, pool_size=1, max_overflow=0, pool_timeout=5, connect_args={"server_settings": settings}
+    )
+
+    async def endpoint() -> Answer:
+        session = await ctxalchemy.db_session(connection)
+        await add_note(session, "undone")
+        await session.execute(text("SELECT pg_sleep(60)"))
+        return Answer()
+
+    async def sleeps() -> bool:
+        return await database.backends() == ["active"]
+
+    request = asyncio.create_task(call(build("asgi", ctxalchemy, endpoint)))
+    assert await eventually(sleeps)
+    # As a server does that shuts down: asyncpg asks the server to stop in a task of its own.
+    former = asyncio.all_tasks()
+    request.cancel()
+    while not request.done():
+        await asyncio.sleep(0)
+        for task in asyncio.all_tasks() - former | {request}:
+            task.cancel()
+    assert request.cancelled()
+    assert await database.settled()
+    await assert_whole(ctxalchemy, database, connection, notes=[])
+    await connection.close()

@@ -1,0 +1,704 @@
+"""Tasks that outlive their request, requests from within others: each has its own context and fate."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import InvalidRequestError
+from sqlalchemy.ext.asyncio import AsyncSession
+from support.apps import KINDS, Answer, Kind, build, call, http_scope
+from support.database import add_note, break_commit, checked_out, count_notes
+from support.faults import CommitGate, Witness, assert_whole, client_of, connection_with
+from support.sessions import ClosingSession, Note, OverriddenSession, maker_creator
+from support.waiting import Gate, eventually
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from types import ModuleType
+
+    from support.database import Database
+
+ENDS = ("200", "404", "exception", "no response")
+
+
+def ending(
+    ctxalchemy: ModuleType, end: str, before: Callable[[], Awaitable[Any]], **options: Any
+) -> tuple[Any, list[str]]:
+    """An application that does this first and then ends its request in this way, and the notes it leaves."""
+
+    async def app(_scope: Any, _receive: Any, send: Any) -> None:
+        await before()
+        if end == "exception":
+            raise LookupError("the application")
+        if end != "no response":
+            await send({"type": "http.response.start", "status": int(end), "headers": []})
+            await send({"type": "http.response.body", "body": b"done"})
+
+    return ctxalchemy.ASGIHTTPDBSessionMiddleware(app, **options), ["written"] if end == "200" else []
+
+
+async def assert_ended(witness: Witness, end: str) -> None:
+    """The request ended as it was to."""
+    error = await witness.error()
+    assert isinstance(error, LookupError) if end == "exception" else error is None
+    assert witness.statuses == ([int(end)] if end.isdigit() else [])
+
+
+async def request(witness: Witness) -> None:
+    with contextlib.suppress(LookupError):
+        await call(witness)
+
+
+# --- who asks too late -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("end", ENDS)
+async def test_a_task_that_asks_after_the_closing_is_told_so(
+    ctxalchemy: ModuleType, database: Database, connection: Any, end: str
+) -> None:
+    gate = Gate()
+    tasks: list[asyncio.Task[Any]] = []
+
+    async def ask() -> Any:
+        await gate()
+        assert not ctxalchemy.is_context_initiated()
+        assert ctxalchemy.get_db_session_from_context(connection) is None
+        with pytest.raises(ctxalchemy.ContextClosedError):
+            ctxalchemy.db_session_nowait(connection)
+        with pytest.raises(ctxalchemy.ContextClosedError):
+            async with ctxalchemy.atomic_db_session(connection):
+                pytest.fail("a closed context gave a session")
+        return await ctxalchemy.db_session(connection)
+
+    async def before() -> None:
+        await add_note(await ctxalchemy.db_session(connection), "written")
+        tasks.append(asyncio.create_task(ask()))
+
+    app, notes = ending(ctxalchemy, end, before)
+    witness = Witness(ctxalchemy, app, connection)
+    await request(witness)
+    await assert_ended(witness, end)
+    gate.open()
+    with pytest.raises(ctxalchemy.ContextClosedError, match=r"run_in_new_ctx\(\) or new_ctx\(\)"):
+        await tasks[0]
+    await assert_whole(ctxalchemy, database, connection, notes=notes)
+
+
+async def test_a_task_of_a_real_server_that_outlives_its_request_is_told_so(
+    ctxalchemy: ModuleType, database: Database, connection: Any
+) -> None:
+    tasks: list[asyncio.Task[Any]] = []
+    gate = Gate()
+
+    async def late() -> None:
+        await gate()
+        await add_note(await ctxalchemy.db_session(connection), "lost")
+
+    async def endpoint() -> Answer:
+        await add_note(await ctxalchemy.db_session(connection), "written")
+        tasks.append(asyncio.create_task(late()))
+        return Answer()
+
+    witness = Witness(ctxalchemy, build("fastapi", ctxalchemy, endpoint), connection)
+    async with client_of(witness, "tcp") as client:
+        assert (await client.get("/")).status_code == 200
+        assert await witness.error() is None
+        gate.open()
+        with pytest.raises(ctxalchemy.ContextClosedError):
+            await tasks[0]
+    await assert_whole(ctxalchemy, database, connection, notes=["written"])
+
+
+async def test_a_task_that_asks_during_the_commit_joins_its_request(
+    ctxalchemy: ModuleType, database: Database, connection: Any
+) -> None:
+    sessions: list[AsyncSession] = []
+    tasks: list[asyncio.Task[None]] = []
+    gate = Gate()
+
+    async def ask() -> None:
+        await gate()
+        sessions.append(await ctxalchemy.db_session(connection))
+
+    async def endpoint() -> Answer:
+        sessions.append(await ctxalchemy.db_session(connection))
+        await add_note(sessions[0], "slow")
+        tasks.append(asyncio.create_task(ask()))
+        return Answer()
+
+    witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), connection)
+    async with CommitGate.close(database) as commit:
+        served = asyncio.create_task(call(witness))
+        await commit.reached()
+        gate.open()
+        await tasks[0]
+        await commit.open()
+        await served
+    assert sessions[0] is sessions[1]
+    assert await witness.error() is None
+    await assert_whole(ctxalchemy, database, connection, notes=["slow"])
+
+
+class SlowToClose(AsyncSession):
+    """A session whose closing stops at a gate."""
+
+    async def close(self) -> None:
+        await self.info["gate"]()
+        await super().close()
+
+
+@pytest.mark.parametrize("end", ENDS)
+async def test_a_task_that_asks_during_the_closing_is_told_that_it_is_too_late(
+    ctxalchemy: ModuleType, database: Database, end: str
+) -> None:
+    connection = connection_with(ctxalchemy, database, SlowToClose)
+    gate, closing = Gate(), Gate()
+    tasks: list[asyncio.Task[Any]] = []
+
+    async def ask() -> Any:
+        await gate()
+        return await ctxalchemy.db_session(connection)
+
+    async def before() -> None:
+        session = await ctxalchemy.db_session(connection)
+        session.info["gate"] = closing
+        await add_note(session, "written")
+        tasks.append(asyncio.create_task(ask()))
+
+    app, notes = ending(ctxalchemy, end, before)
+    witness = Witness(ctxalchemy, app, connection)
+    served = asyncio.create_task(request(witness))
+    await closing.reached()
+    gate.open()
+    with pytest.raises(ctxalchemy.ContextClosedError):
+        await tasks[0]
+    assert not served.done()
+    closing.open()
+    await served
+    await assert_ended(witness, end)
+
+    # The next ones need not wait.
+    await connection.close()
+    plain = database.connection(ctxalchemy)
+    await assert_whole(ctxalchemy, database, plain, notes=notes)
+    await plain.close()
+
+
+@pytest.mark.parametrize("how", ["run_in_new_ctx", "new_ctx"])
+@pytest.mark.parametrize("end", ENDS)
+async def test_a_late_task_with_a_context_of_its_own_succeeds(
+    ctxalchemy: ModuleType, database: Database, connection: Any, end: str, how: str
+) -> None:
+    gate = Gate()
+    tasks: list[asyncio.Task[None]] = []
+
+    async def write() -> None:
+        await add_note(await ctxalchemy.db_session(connection), "late")
+
+    async def late() -> None:
+        await gate()
+        if how == "run_in_new_ctx":
+            await ctxalchemy.run_in_new_ctx(write)
+        else:
+            async with ctxalchemy.new_ctx():
+                await write()
+
+    async def before() -> None:
+        await add_note(await ctxalchemy.db_session(connection), "written")
+        tasks.append(asyncio.create_task(late()))
+
+    app, notes = ending(ctxalchemy, end, before)
+    witness = Witness(ctxalchemy, app, connection)
+    await request(witness)
+    await assert_ended(witness, end)
+    gate.open()
+    await tasks[0]
+    await assert_whole(ctxalchemy, database, connection, notes=[*notes, "late"])
+
+
+async def test_a_late_task_cannot_put_a_session_into_the_closed_context(
+    ctxalchemy: ModuleType, database: Database, connection: Any
+) -> None:
+    gate = Gate()
+    tasks: list[asyncio.Task[None]] = []
+
+    async def late() -> None:
+        await gate()
+        async with ctxalchemy.new_non_ctx_session(connection) as session:
+            with pytest.raises(ctxalchemy.ContextClosedError):
+                ctxalchemy.put_db_session_to_context(connection, session)
+        assert ctxalchemy.pop_db_session_from_context(connection) is None
+        await ctxalchemy.commit_all_sessions()
+        await ctxalchemy.rollback_all_sessions()
+        await ctxalchemy.close_all_sessions()
+
+    async def endpoint() -> Answer:
+        tasks.append(asyncio.create_task(late()))
+        return Answer()
+
+    witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), connection)
+    await call(witness)
+    gate.open()
+    await tasks[0]
+    assert await witness.error() is None
+    await assert_whole(ctxalchemy, database, connection, notes=[])
+
+
+# --- who holds the session itself --------------------------------------------------------------------
+
+
+async def execute(session: AsyncSession) -> None:
+    await add_note(session, "lost")
+
+
+async def begin(session: AsyncSession) -> None:
+    async with session.begin():
+        await add_note(session, "lost")
+
+
+async def begin_nested(session: AsyncSession) -> None:
+    async with session.begin_nested():
+        await add_note(session, "lost")
+
+
+async def take_the_connection(session: AsyncSession) -> None:
+    await session.connection()
+
+
+async def stream(session: AsyncSession) -> None:
+    await session.stream(text("SELECT 1"))
+
+
+async def add_and_commit(session: AsyncSession) -> None:
+    session.add(Note(name="lost"))
+    await session.commit()
+
+
+async def add_and_flush(session: AsyncSession) -> None:
+    session.add(Note(name="lost"))
+    await session.flush()
+
+
+async def get(session: AsyncSession) -> None:
+    await session.get(Note, "written")
+
+
+async def run_synchronously(session: AsyncSession) -> None:
+    await session.run_sync(lambda sync: sync.execute(text("INSERT INTO note VALUES ('lost')")))
+
+
+USES = (
+    execute,
+    begin,
+    begin_nested,
+    take_the_connection,
+    stream,
+    add_and_commit,
+    add_and_flush,
+    get,
+    run_synchronously,
+)
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("session_class", [AsyncSession, OverriddenSession])
+async def test_no_use_of_a_session_revives_it_after_the_closing(
+    ctxalchemy: ModuleType, database: Database, session_class: type[AsyncSession], use: Any
+) -> None:
+    connection = connection_with(ctxalchemy, database, session_class)
+    held: list[AsyncSession] = []
+
+    async def endpoint() -> Answer:
+        held.append(await ctxalchemy.db_session(connection))
+        await add_note(held[0], "written")
+        return Answer()
+
+    witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), connection)
+    await call(witness)
+    assert await witness.error() is None
+    for _ in range(2):
+        with pytest.raises(InvalidRequestError, match="closed"):
+            await use(held[0])
+        assert await checked_out(connection) == 0
+    assert not held[0].in_transaction()
+    await assert_whole(ctxalchemy, database, connection, notes=["written"])
+    await connection.close()
+
+
+@pytest.mark.parametrize("state", ["untouched", "in a transaction", "settled"])
+@pytest.mark.parametrize("end", ENDS)
+async def test_a_task_that_executes_on_the_session_after_the_closing_gets_an_error(
+    ctxalchemy: ModuleType, database: Database, driven: Any, end: str, state: str
+) -> None:
+    gate = Gate()
+    tasks: list[asyncio.Task[None]] = []
+
+    async def late(session: AsyncSession) -> None:
+        await gate()
+        await add_note(session, "lost")
+
+    async def before() -> None:
+        session = await ctxalchemy.db_session(driven)
+        if state != "untouched":
+            await add_note(session, "written")
+        if state == "settled":
+            await session.commit()
+        tasks.append(asyncio.create_task(late(session)))
+
+    app, notes = ending(ctxalchemy, end, before)
+    notes = {"untouched": [], "settled": ["written"]}.get(state, notes)
+    witness = Witness(ctxalchemy, app, driven)
+    await request(witness)
+    await assert_ended(witness, end)
+    gate.open()
+    with pytest.raises(InvalidRequestError, match="closed"):
+        await tasks[0]
+    await assert_whole(ctxalchemy, database, driven, notes=notes)
+
+
+@pytest.mark.parametrize("end", ENDS)
+async def test_closing_again_what_is_closed_does_nothing(
+    ctxalchemy: ModuleType, database: Database, connection: Any, end: str
+) -> None:
+    """As ``async with session`` of a late task does at its end, or a ``finally`` of the application."""
+    held: list[AsyncSession] = []
+
+    async def before() -> None:
+        held.append(await ctxalchemy.db_session(connection))
+        await add_note(held[0], "written")
+
+    app, notes = ending(ctxalchemy, end, before)
+    witness = Witness(ctxalchemy, app, connection)
+    await request(witness)
+    await assert_ended(witness, end)
+    await held[0].rollback()
+    await held[0].close()
+    with pytest.raises(InvalidRequestError, match="closed"):
+        await add_note(held[0], "lost")
+    await assert_whole(ctxalchemy, database, connection, notes=notes)
+
+
+async def test_a_session_that_the_application_took_out_of_the_context_stays_its_own(
+    ctxalchemy: ModuleType, database: Database, connection: Any
+) -> None:
+    held: list[AsyncSession] = []
+
+    async def endpoint() -> Answer:
+        held.append(await ctxalchemy.db_session(connection))
+        assert ctxalchemy.pop_db_session_from_context(connection) is held[0]
+        return Answer()
+
+    witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), connection)
+    await call(witness)
+    async with held[0].begin():
+        await add_note(held[0], "its own")
+    await held[0].close()
+    assert await witness.error() is None
+    await assert_whole(ctxalchemy, database, connection, notes=["its own"])
+
+
+# --- a session whose making is overtaken -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("callers", [1, 3])
+@pytest.mark.parametrize("end", ENDS)
+async def test_a_session_whose_making_is_overtaken_by_the_closing_is_closed(
+    ctxalchemy: ModuleType, database: Database, end: str, callers: int
+) -> None:
+    gate = Gate()
+    journal: list[tuple[str, str]] = []
+    plain = database.connection(ctxalchemy)
+    creator = maker_creator(sync_session_class=ClosingSession, info={"journal": journal})
+    connection = ctxalchemy.DBConnect(plain.engine_creator, creator, plain.host, gate)
+    tasks: list[asyncio.Task[Any]] = []
+
+    async def ask() -> Any:
+        session = await ctxalchemy.db_session(connection)
+        await add_note(session, "lost")
+
+    async def before() -> None:
+        tasks.extend(asyncio.create_task(ask()) for _ in range(callers))
+        await gate.reached()
+
+    app, _ = ending(ctxalchemy, end, before)
+    witness = Witness(ctxalchemy, app, connection)
+    await request(witness)
+    await assert_ended(witness, end)
+    gate.open()
+    outcomes = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 5)
+    assert [type(outcome) for outcome in outcomes] == [ctxalchemy.ContextClosedError] * callers
+    assert [what for what, _ in journal] == ["make", "close"], "those in line made none"
+    connection.before_create_session_handler = None
+    await assert_whole(ctxalchemy, database, connection, notes=[])
+    await connection.close()
+
+
+async def test_a_making_that_is_overtaken_and_then_fails_raises_its_own_error(
+    ctxalchemy: ModuleType, database: Database, connection: Any
+) -> None:
+    gate = Gate()
+    tasks: list[asyncio.Task[Any]] = []
+
+    async def handler(_connection: Any) -> None:
+        await gate()
+        raise LookupError("the handler")
+
+    async def endpoint() -> Answer:
+        connection.before_create_session_handler = handler
+        tasks.append(asyncio.create_task(ctxalchemy.db_session(connection)))
+        await gate.reached()
+        return Answer()
+
+    witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), connection)
+    await call(witness)
+    assert await witness.error() is None
+    gate.open()
+    with pytest.raises(LookupError, match="the handler"):
+        await tasks[0]
+    connection.before_create_session_handler = None
+    await assert_whole(ctxalchemy, database, connection, notes=[])
+
+
+# --- requests from within others ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("open_still", [False, True], ids=["after the closing", "before the closing"])
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_request_that_a_task_of_an_earlier_one_serves_has_its_own_context(
+    ctxalchemy: ModuleType, database: Database, connection: Any, kind: Kind, open_still: bool
+) -> None:
+    """As where a server's connection is accepted by a task that a handler has started."""
+    gate = Gate()
+    tasks: list[asyncio.Task[Any]] = []
+    sessions: list[AsyncSession] = []
+
+    async def write(name: str) -> None:
+        sessions.append(await ctxalchemy.db_session(connection))
+        await add_note(sessions[-1], name)
+
+    async def second() -> Answer:
+        await write("the second's")
+        return Answer()
+
+    app = Witness(ctxalchemy, build(kind, ctxalchemy, second))
+
+    async def serve_another() -> Any:
+        await gate()
+        return await call(app)
+
+    async def background() -> None:
+        if open_still:
+            gate.open()
+            await tasks[0]
+            assert await ctxalchemy.db_session(connection) is sessions[0], "its own context is as before"
+
+    async def first() -> Answer:
+        await write("the first's")
+        tasks.append(asyncio.create_task(serve_another()))
+        return Answer(background=background)
+
+    witness = Witness(ctxalchemy, build(kind, ctxalchemy, first), connection)
+    await call(witness)
+    gate.open()
+    sent = await tasks[0]
+    assert sent[0]["status"] == 200
+    assert await app.error() is None
+    assert await witness.error() is None
+    assert sessions[0] is not sessions[1]
+    await assert_whole(ctxalchemy, database, connection, notes=["the first's", "the second's"])
+
+
+@pytest.mark.parametrize("inner_end", ["succeeds", "fails"])
+@pytest.mark.parametrize("outer_end", ["succeeds", "fails"])
+@pytest.mark.parametrize("kind", KINDS)
+async def test_an_application_that_is_called_in_process_has_its_own_fate(
+    ctxalchemy: ModuleType, database: Database, kind: Kind, outer_end: str, inner_end: str
+) -> None:
+    connection = database.connection(ctxalchemy, pool_size=2)
+    sessions: list[AsyncSession] = []
+
+    async def inner() -> Answer:
+        sessions.append(await ctxalchemy.db_session(connection))
+        await add_note(sessions[-1], "inner")
+        if inner_end == "fails":
+            await break_commit(sessions[-1])
+        return Answer()
+
+    inner_app = Witness(ctxalchemy, build(kind, ctxalchemy, inner))
+
+    async def outer() -> Answer:
+        session = await ctxalchemy.db_session(connection)
+        await add_note(session, "outer")
+        transport = httpx.ASGITransport(inner_app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://inner") as client:
+            response = await client.get("/")
+        assert response.status_code == (200 if inner_end == "succeeds" else 500)
+        assert await database.notes() == (["inner"] if inner_end == "succeeds" else [])
+        assert await ctxalchemy.db_session(connection) is session
+        assert session.in_transaction()
+        sessions.append(session)
+        return Answer(200 if outer_end == "succeeds" else 404)
+
+    witness = Witness(ctxalchemy, build(kind, ctxalchemy, outer), connection)
+    async with client_of(witness) as client:
+        assert (await client.get("/")).status_code == (200 if outer_end == "succeeds" else 404)
+    assert await witness.error() is None
+    assert (await inner_app.error() is None) is (inner_end == "succeeds")
+    assert sessions[0] is not sessions[1]
+    ends = {"inner": inner_end, "outer": outer_end}
+    notes = [name for name, end in ends.items() if end == "succeeds"]
+    await assert_whole(ctxalchemy, database, connection, notes=notes)
+    await connection.close()
+
+
+async def test_an_application_calls_itself_in_process_on_a_pool_of_one(
+    ctxalchemy: ModuleType, database: Database, connection: Any
+) -> None:
+    depth = 0
+
+    async def endpoint() -> Answer:
+        nonlocal depth
+        depth += 1
+        name = f"depth {depth}"
+        if depth < 3:
+            await call(app)
+        await add_note(await ctxalchemy.db_session(connection), name)
+        return Answer()
+
+    app = build("starlette", ctxalchemy, endpoint)
+    witness = Witness(ctxalchemy, app, connection)
+    await call(witness)
+    assert await witness.error() is None
+    await assert_whole(ctxalchemy, database, connection, notes=["depth 1", "depth 2", "depth 3"])
+
+
+async def test_an_application_that_is_called_in_process_is_cancelled(
+    ctxalchemy: ModuleType, database: Database, connection: Any
+) -> None:
+    gate = Gate()
+
+    async def inner() -> Answer:
+        await add_note(await ctxalchemy.db_session(connection), "lost")
+        await gate()
+        return Answer()
+
+    inner_app = Witness(ctxalchemy, build("starlette", ctxalchemy, inner), connection)
+
+    async def outer() -> Answer:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(call(inner_app), 0.1)
+        await add_note(await ctxalchemy.db_session(connection), "outer")
+        return Answer()
+
+    witness = Witness(ctxalchemy, build("starlette", ctxalchemy, outer), connection)
+    await call(witness)
+    assert gate.arrivals == 1
+    assert isinstance(await inner_app.error(), asyncio.CancelledError)
+    assert await witness.error() is None
+    await assert_whole(ctxalchemy, database, connection, notes=["outer"])
+
+
+async def test_an_application_that_is_mounted_in_another_shares_its_fate(
+    ctxalchemy: ModuleType, database: Database, connection: Any
+) -> None:
+    """The same request goes through the middleware twice: one context, settled by the outer one."""
+    sessions: list[AsyncSession] = []
+
+    async def inner() -> Answer:
+        sessions.append(await ctxalchemy.db_session(connection))
+        await add_note(sessions[-1], "inner")
+        return Answer()
+
+    inner_app = build("starlette", ctxalchemy, inner)
+
+    async def outer(scope: Any, receive: Any, send: Any) -> None:
+        sessions.append(await ctxalchemy.db_session(connection))
+        await add_note(sessions[-1], "outer")
+        await inner_app(dict(scope), receive, send)
+        assert await database.notes() == ["inner", "outer"]
+
+    witness = Witness(ctxalchemy, ctxalchemy.ASGIHTTPDBSessionMiddleware(outer), connection)
+    await call(witness)
+    assert await witness.error() is None
+    assert sessions[0] is sessions[1]
+    await assert_whole(ctxalchemy, database, connection, notes=["outer", "inner"])
+
+
+async def test_a_request_within_a_context_of_a_test_leaves_everything_to_it(
+    ctxalchemy: ModuleType, database: Database, connection: Any
+) -> None:
+    async def endpoint() -> Answer:
+        await add_note(await ctxalchemy.db_session(connection), "seen by the test")
+        return Answer(404)
+
+    async with ctxalchemy.testing.set_test_context(auto_close=True):
+        session = await ctxalchemy.db_session(connection)
+        witness = Witness(ctxalchemy, build("fastapi", ctxalchemy, endpoint))
+        await call(witness)
+        assert await ctxalchemy.db_session(connection) is session
+        assert await count_notes(session) == 1
+        assert await database.notes() == []
+    assert await witness.error() is None
+    await assert_whole(ctxalchemy, database, connection, notes=["seen by the test"])
+
+
+async def test_a_request_within_new_ctx_has_its_own_fate(
+    ctxalchemy: ModuleType, database: Database, connection: Any
+) -> None:
+    """A worker's own context is not that of a request which it makes in process."""
+
+    async def endpoint() -> Answer:
+        await add_note(await ctxalchemy.db_session(connection), "the request's")
+        return Answer()
+
+    witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), connection)
+
+    async def work() -> None:
+        async with ctxalchemy.new_ctx():
+            session = await ctxalchemy.db_session(connection)
+            await call(witness)
+            assert await ctxalchemy.db_session(connection) is session
+            await add_note(session, "the worker's")
+            raise LookupError("the worker")
+
+    with pytest.raises(LookupError, match="the worker"):
+        await work()
+    assert await witness.error() is None
+    await assert_whole(ctxalchemy, database, connection, notes=["the request's"])
+
+
+async def test_many_requests_with_late_tasks_at_once_keep_to_themselves(
+    ctxalchemy: ModuleType, database: Database, connection: Any
+) -> None:
+    tasks: list[asyncio.Task[None]] = []
+    gate = Gate()
+
+    async def late(session: AsyncSession) -> None:
+        await gate()
+        with pytest.raises(ctxalchemy.ContextClosedError):
+            await ctxalchemy.db_session(connection)
+        await add_note(session, "lost")
+
+    async def app(scope: Any, _receive: Any, send: Any) -> None:
+        session = await ctxalchemy.db_session(connection)
+        await add_note(session, scope["path"])
+        tasks.append(asyncio.create_task(late(session)))
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"done"})
+
+    async def all_late() -> bool:
+        return gate.arrivals == 20
+
+    witness = Witness(ctxalchemy, ctxalchemy.ASGIHTTPDBSessionMiddleware(app))
+    await asyncio.gather(*(call(witness, scope=http_scope() | {"path": f"/{n}"}) for n in range(20)))
+    assert await eventually(all_late)
+    gate.open()
+    outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    assert all(isinstance(outcome, InvalidRequestError) for outcome in outcomes)
+    assert await witness.errors() == [None] * 20
+    await assert_whole(ctxalchemy, database, connection, notes=[f"/{n}" for n in range(20)])

@@ -1,0 +1,415 @@
+"""Requests of random shape with random faults, and the ledger that must balance after them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import sys
+import weakref
+from collections import Counter
+from contextlib import asynccontextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError, IntegrityError
+
+from .apps import KINDS, Answer, Kind, build, call, http_scope
+from .database import Database, add_note, break_commit, checked_out, count_notes, pool_of
+from .faults import assert_serves, psycopg_connection
+from .server import serve
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from types import ModuleType
+
+    from sqlalchemy.ext.asyncio import AsyncSession
+
+REQUESTS = 120
+"""How many requests a round has."""
+AT_ONCE = 20
+"""How many of them are under way at the same time."""
+POOL = {"pool_size": 10, "max_overflow": 50, "pool_timeout": 20}
+"""One may use three of a pool at once: itself, the request it makes in process, and the task that outlives it."""
+
+
+@dataclass
+class Plan:
+    """A request: what it is to do, and what became of it."""
+
+    number: int
+    kind: Kind
+    over_tcp: bool
+    databases: list[int]
+    writes: int
+    ending: str
+    statement: float
+    idle: float
+    gathers: bool
+    after: str
+    late: str
+    cut_off_after: float | None
+    inner: Plan | None = None
+
+    attempted: dict[int, list[str]] = field(default_factory=dict)
+    """What it wrote on each database before the start of its response."""
+    must: set[str] = field(default_factory=set)
+    may: set[str] = field(default_factory=set)
+    committing: bool = False
+    status: int | None = None
+    error: BaseException | None = None
+    wrong: list[str] = field(default_factory=list)
+
+    @classmethod
+    def draw(cls, random: Random, number: int, *, inner: bool = False) -> Plan:
+        plan = cls(
+            number=number,
+            kind=random.choice(KINDS),
+            over_tcp=not inner and random.random() < 0.6,
+            databases=random.choice([[0], [0], [1], [0, 1], [1, 0]]),
+            writes=random.randint(1, 3),
+            ending=random.choices(["success", "refused", "handled", "raises"], [6, 2, 1, 1])[0],
+            statement=random.choice([0, 0, 0, 0.001, 0.01]),
+            idle=random.choice([0, 0, 0.001, 0.005]),
+            gathers=random.random() < 0.2,
+            after=random.choice(["", "", "stream", "broken stream", "background", "broken background", "at the end"]),
+            late=random.choice(["", "", "", "in a new context", "in the closed one", "in the same session"]),
+            cut_off_after=random.uniform(0, 0.06) if random.random() < 0.35 else None,
+        )
+        if not inner and random.random() < 0.15:
+            plan.inner = cls.draw(random, number + REQUESTS, inner=True)
+        return plan
+
+    def name(self, what: str) -> str:
+        return f"{self.number:03} {what}"
+
+
+class Soak:
+    """Runs rounds of random requests.
+
+    Args:
+        ctxalchemy: the package.
+        database: the database.
+        seed: what all random decisions follow from.  What happens when, the seed does not decide.
+    """
+
+    def __init__(self, ctxalchemy: ModuleType, database: Database, seed: int) -> None:
+        self.seed = seed
+        self.rounds = 0
+        self.happened: Counter[str] = Counter()
+        self.sizes: list[int] = []
+        self._ctxalchemy = ctxalchemy
+        self._core = sys.modules.get("ctxalchemy._core") or ctxalchemy._core
+        self._database = database
+        self._connections = (
+            database.connection(ctxalchemy, **POOL),
+            psycopg_connection(ctxalchemy, database, **POOL),
+        )
+        self._plan: ContextVar[Plan] = ContextVar("plan")
+        self._plans: dict[int, Plan] = {}
+        self._apps = {kind: build(kind, ctxalchemy, self._endpoint, before_commit=self._hook) for kind in KINDS}
+        self._late: set[asyncio.Task[None]] = set()
+        self._stores: list[weakref.ref[Any]] = []
+        self._sessions: list[weakref.ref[AsyncSession]] = []
+        self._port = 0
+
+    @classmethod
+    @asynccontextmanager
+    async def create(cls, ctxalchemy: ModuleType, server_url: str, seed: int) -> AsyncIterator[Soak]:
+        async with Database.create(server_url) as database:
+            soak = cls(ctxalchemy, database, seed)
+            async with serve(soak._app, interface="asgi3") as url:
+                soak._port = int(url.rpartition(":")[2])
+                yield soak
+            for connection in soak._connections:
+                await connection.close()
+
+    async def round(self) -> None:
+        """Run a round, and balance the ledger."""
+        self.rounds += 1
+        random = Random(f"{self.seed} {self.rounds}")
+        plans = [Plan.draw(random, number) for number in range(REQUESTS)]
+        self._plans = {plan.number: plan for plan in plans}
+        self._plans |= {plan.inner.number: plan.inner for plan in plans if plan.inner is not None}
+        turns = asyncio.Semaphore(AT_ONCE)
+
+        async def run(plan: Plan) -> None:
+            async with turns:
+                await (self._run_over_tcp(plan) if plan.over_tcp else self._run_in_process(plan))
+
+        vandal = asyncio.create_task(self._terminate_now_and_then(random))
+        try:
+            async with asyncio.timeout(60):
+                await asyncio.gather(*map(run, plans))
+        finally:
+            vandal.cancel()
+            await asyncio.gather(vandal, return_exceptions=True)
+        await self._balance()
+
+    # --- the client's side ---------------------------------------------------------------------------
+
+    async def _run_over_tcp(self, plan: Plan) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
+        writer.write(f"GET /?{plan.number} HTTP/1.1\r\nHost: soak\r\nConnection: close\r\n\r\n".encode())
+        answer = b""
+        try:
+            async with asyncio.timeout(plan.cut_off_after):
+                answer = await reader.read()
+        except TimeoutError:
+            self.happened["cut off over TCP"] += 1
+            writer.transport.abort()
+        except ConnectionError:
+            pass
+        finally:
+            writer.close()
+            with contextlib.suppress(ConnectionError):
+                await writer.wait_closed()
+        if plan.cut_off_after is None and plan.status is None and plan.error is None:
+            plan.wrong.append("it never came to the application")
+        if answer.startswith(b"HTTP/1.1 2") and plan.status != 200:
+            plan.wrong.append(f"the client saw a success, and the server's side {plan.status}")
+
+    async def _run_in_process(self, plan: Plan) -> None:
+        task = asyncio.create_task(call(self._app, scope=self._scope(plan)))
+        done, _ = await asyncio.wait((task,), timeout=plan.cut_off_after)
+        if not done:
+            task.cancel()
+            if plan.number % 2:
+                await asyncio.sleep(0)
+                task.cancel()
+            self.happened["cancelled in process"] += 1
+            await asyncio.wait((task,))
+            if not task.cancelled():
+                # It was over at the same moment, or else this is what the cancellation became.
+                error = task.exception()
+                if error is not None and error is not plan.error:
+                    plan.wrong.append(f"the cancellation became {error!r}")
+        with contextlib.suppress(Exception, asyncio.CancelledError):
+            task.result()
+
+    def _scope(self, plan: Plan) -> dict[str, Any]:
+        return {**http_scope(), "query_string": str(plan.number).encode()}
+
+    async def _terminate_now_and_then(self, random: Random) -> None:
+        while True:
+            await asyncio.sleep(random.uniform(0.01, 0.08))
+            ended = await self._database.observer.fetch(
+                "SELECT pg_terminate_backend(pid) FROM (SELECT pid FROM pg_stat_activity "
+                "WHERE application_name LIKE $1 ORDER BY md5(pid::text || $2) LIMIT 1) AS one",
+                f"{self._database.name}%",
+                str(random.random()),
+            )
+            self.happened["terminated by the server"] += len(ended)
+
+    # --- the server's side ---------------------------------------------------------------------------
+
+    async def _app(self, scope: Any, receive: Any, send: Any) -> None:
+        """What stands outside the middleware, and sees what the server sees."""
+        plan = self._plans[int(scope["query_string"])]
+        outer = self._core.current()
+        token = self._plan.set(plan)
+
+        async def send_on(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                plan.status = message["status"]
+            await send(message)
+
+        try:
+            await self._apps[plan.kind](scope, receive, send_on)
+        except BaseException as error:
+            plan.error = error
+            raise
+        finally:
+            self._plan.reset(token)
+            if self._core.current() is not outer:
+                plan.wrong.append("the context is another one than before")
+
+    async def _hook(self, _session: AsyncSession) -> None:
+        self._plan.get().committing = True
+
+    async def _endpoint(self) -> Answer:
+        plan = self._plan.get()
+        package = self._ctxalchemy
+        self._stores.append(weakref.ref(self._core.current()))
+        if plan.gathers:
+            first = self._connections[plan.databases[0]]
+            one, two = await asyncio.gather(package.db_session(first), package.db_session(first))
+            if one is not two:
+                plan.wrong.append("it has two sessions for one connection")
+        for number in range(plan.writes):
+            for database in plan.databases:
+                name = plan.name(f"{database} {number}")
+                plan.attempted.setdefault(database, []).append(name)
+                await add_note(await package.db_session(self._connections[database]), name)
+        last = await package.db_session(self._connections[plan.databases[-1]])
+        self._sessions.append(weakref.ref(last))
+        if plan.statement:
+            await last.execute(text("SELECT pg_sleep(:seconds)"), {"seconds": plan.statement})
+        if plan.inner is not None:
+            with contextlib.suppress(Exception):
+                await call(self._app, scope=self._scope(plan.inner))
+        if plan.late:
+            task = asyncio.create_task(self._outlive(plan, last))
+            self._late.add(task)
+        await asyncio.sleep(plan.idle)
+        if plan.ending == "raises":
+            raise LookupError("on the way")
+        if plan.ending == "refused":
+            await break_commit(last)
+        return Answer(
+            404 if plan.ending == "handled" else 200,
+            self._stream(plan) if plan.after.endswith("stream") else None,
+            partial(self._background, plan) if plan.after and not plan.after.endswith("stream") else None,
+        )
+
+    async def _stream(self, plan: Plan) -> AsyncIterator[bytes]:
+        connection = self._connections[plan.databases[0]]
+        for number in range(3):
+            session = await self._ctxalchemy.db_session(connection)
+            yield str(await count_notes(session)).encode()
+            name = plan.name(f"stream {number}")
+            plan.may.add(name)
+            await add_note(session, name)
+            await session.commit()
+            plan.must.add(name)
+            if plan.after == "broken stream" and number == 1:
+                raise LookupError("in the stream")
+
+    async def _background(self, plan: Plan) -> None:
+        connection = self._connections[plan.databases[0]]
+        name = plan.name("background")
+        plan.may.add(name)
+        if plan.after == "at the end":
+            await add_note(await self._ctxalchemy.db_session(connection), name)
+            return
+        async with self._ctxalchemy.atomic_db_session(connection) as session:
+            await add_note(session, name)
+        plan.must.add(name)
+        if plan.after == "broken background":
+            undone = plan.name("undone")
+            await add_note(await self._ctxalchemy.db_session(connection), undone)
+            raise LookupError("in the background")
+
+    async def _outlive(self, plan: Plan, session: AsyncSession) -> None:
+        package = self._ctxalchemy
+        connection = self._connections[plan.databases[0]]
+        name = plan.name("late")
+
+        async def write() -> None:
+            await add_note(await package.db_session(connection), name)
+
+        await asyncio.sleep(plan.idle + plan.statement)
+        try:
+            if plan.late == "in a new context":
+                plan.may.add(name)
+                await package.run_in_new_ctx(write)
+                plan.must.add(name)
+            elif plan.late == "in the same session":
+                plan.may.add(name)
+                await add_note(session, name)
+            else:
+                while package.is_context_initiated():
+                    await asyncio.sleep(0.001)
+                await write()
+                plan.wrong.append("a session was made in a closed context")
+        except package.ContextClosedError:
+            self.happened["late, and refused"] += 1
+        except Exception:
+            # Its connection was ended, or the request has ended its session.
+            self.happened["late, and failed"] += 1
+
+    # --- the ledger ----------------------------------------------------------------------------------
+
+    async def _balance(self) -> None:
+        told = f"seed {self.seed}, round {self.rounds}"
+        while self._under_way():
+            await asyncio.sleep(0.005)
+        late, self._late = self._late, set()
+        await asyncio.gather(*late)
+        must: set[str] = set()
+        may: set[str] = set()
+        for plan in self._plans.values():
+            assert plan.wrong == [], f"{told}: {plan.wrong} in {plan}"
+            sure, possible = self._owed(plan)
+            must |= sure
+            may |= possible
+            self.happened["requests"] += 1
+            self.happened[f"answered with {plan.status}"] += 1
+            if plan.error is not None:
+                self.happened[f"raised {type(plan.error).__name__}"] += 1
+        for connection in self._connections:
+            assert await checked_out(connection) == 0, f"{told}: a connection has not come back"
+        assert await self._database.settled(), f"{told}: a server process is still at it"
+        notes = set(await self._database.notes())
+        assert must <= notes, f"{told}: lost: {self._name(must - notes)}"
+        assert notes <= must | may, f"{told}: not undone: {self._name(notes - must - may)}"
+        backends = len(await self._database.backends())
+        assert backends <= 2 * (POOL["pool_size"] + POOL["max_overflow"]), f"{told}: {backends} server processes"
+        self.happened["writes that must be there"] += len(must)
+        self.happened["writes that may be there"] += len(may - must)
+
+        await self._database.observer.execute("DELETE FROM note")
+        for connection in self._connections:
+            await self._assert_pooled_are_sound(connection)
+        await assert_serves(self._ctxalchemy, *self._connections)
+        await self._database.observer.execute("DELETE FROM note")
+        for plan in self._plans.values():
+            # With its traceback it would keep everything alive.
+            plan.error = None
+        self._plans.clear()
+        del late
+        gc.collect()
+        assert not any(session() for session in self._sessions), f"{told}: a session is left"
+        self._sessions.clear()
+        # asyncio's timers and transports keep the contextvars of who made them, for as long as they are there.
+        for left in filter(None, (store() for store in self._stores)):
+            assert left.closed, f"{told}: a context is open"
+            assert not len(left), f"{told}: a context is not empty"
+        self._stores = [store for store in self._stores if store() is not None]
+        self.happened["contexts that something keeps"] = len(self._stores)
+        self.sizes.append(len(gc.get_objects()))
+
+    async def _assert_pooled_are_sound(self, connection: Any) -> None:
+        """Each database connection in the pool works, or was ended by the server."""
+        pool = await pool_of(connection)
+        sessions = [await connection.create_session() for _ in range(pool.checkedin())]
+        for session in sessions:
+            try:
+                await count_notes(session)
+            except DBAPIError as error:
+                assert error.connection_invalidated, f"seed {self.seed}, round {self.rounds}: {error!r}"
+        for session in sessions:
+            await session.close()
+
+    def _under_way(self) -> bool:
+        return any(task.get_coro().__qualname__.startswith("RequestResponseCycle") for task in asyncio.all_tasks())  # type: ignore[union-attr]
+
+    def _owed(self, plan: Plan) -> tuple[set[str], set[str]]:
+        """What this request wrote that must be there, and that may be."""
+        package = self._ctxalchemy
+        written = {name for names in plan.attempted.values() for name in names}
+        error = plan.error
+        must, may = set(plan.must), set(plan.may)
+        if plan.status is not None and plan.status < 400:
+            must |= written
+        elif plan.status == 404:
+            # What was committed or not after that, is told by the rest.
+            pass
+        elif isinstance(error, package.PartialCommitError):
+            for connection in error.committed:
+                must |= set(plan.attempted[self._connections.index(connection)])
+            if not isinstance(error.__cause__, IntegrityError):
+                may |= set(plan.attempted[self._connections.index(error.failed[0])])
+        elif plan.committing and not isinstance(error, IntegrityError):
+            # Cancelled, or its connection lost, in COMMIT: nobody can know.
+            may |= written
+        if plan.after == "at the end" and plan.status == 200 and error is None:
+            must.add(plan.name("background"))
+        return must, may
+
+    def _name(self, notes: set[str]) -> str:
+        return "; ".join(f"{note} of {self._plans.get(int(note[:3]))}" for note in sorted(notes)[:5])

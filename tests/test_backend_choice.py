@@ -1,0 +1,123 @@
+"""Which backend is loaded: CTXALCHEMY_BACKEND, and what there is to load."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import ModuleType
+
+NATIVE = "ctxalchemy._native"
+
+
+class Failing:
+    """An entry of ``sys.meta_path`` that fails for the native module."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def find_spec(self, name: str, *_: object) -> None:
+        if name == NATIVE:
+            raise self._error
+
+
+@contextmanager
+def native_module_that_raises(error: Exception, backend: str) -> Iterator[None]:
+    """In the block, the package is to be imported anew, with this choice of backend."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "ctxalchemy"]:
+            patch.delitem(sys.modules, name)
+        patch.setattr(sys, "meta_path", [Failing(error), *sys.meta_path])
+        patch.setenv("CTXALCHEMY_BACKEND", backend)
+        try:
+            yield
+        finally:
+            for name in [name for name in sys.modules if name.partition(".")[0] == "ctxalchemy"]:
+                del sys.modules[name]
+
+
+def missing(name: str) -> ModuleNotFoundError:
+    return ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+def run(package: ModuleType, code: str, backend: str | None) -> str:
+    """What the code prints in a process of its own, which has this package."""
+    assert package.__file__ is not None
+    environment = {name: value for name, value in os.environ.items() if name != "CTXALCHEMY_BACKEND"}
+    if backend is not None:
+        environment["CTXALCHEMY_BACKEND"] = backend
+    path = [str(Path(package.__file__).parents[1]), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(path)
+    command = [sys.executable, "-W", "error", "-c", code]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert result.stderr == ""
+    return result.stdout.strip()
+
+
+def test_the_backend_under_test_is_the_one_loaded(
+    ctxalchemy: ModuleType, packages: dict[str, dict[str, ModuleType]]
+) -> None:
+    modules = packages[ctxalchemy.BACKEND]
+    assert (NATIVE in modules) == (ctxalchemy.BACKEND == "native")
+    chosen = modules[NATIVE if ctxalchemy.BACKEND == "native" else "ctxalchemy._pure"]
+    for name in ("db_session", "db_session_nowait", "init_db_session_ctx", "is_context_initiated"):
+        assert getattr(ctxalchemy, name) is getattr(chosen, name)
+
+
+@pytest.mark.parametrize(
+    ("backend", "loaded"),
+    [(None, "native True"), ("auto", "native True"), ("native", "native True"), ("python", "python False")],
+)
+def test_the_environment_chooses(packages: dict[str, dict[str, ModuleType]], backend: str | None, loaded: str) -> None:
+    code = f"import sys, ctxalchemy; print(ctxalchemy.BACKEND, {NATIVE!r} in sys.modules)"
+    assert run(packages["python"]["ctxalchemy"], code, backend) == loaded
+
+
+def test_the_package_needs_neither_starlette_nor_fastapi(ctxalchemy: ModuleType) -> None:
+    code = (
+        "import sys; sys.modules.update(starlette=None, fastapi=None, httpx=None)\n"
+        "import ctxalchemy; print(ctxalchemy.BACKEND)"
+    )
+    assert run(ctxalchemy, code, ctxalchemy.BACKEND) == ctxalchemy.BACKEND
+
+
+@pytest.mark.parametrize("backend", ["rust", "Native", ""])
+def test_any_other_choice_is_an_error_that_names_the_three(backend: str) -> None:
+    with (
+        native_module_that_raises(missing(NATIVE), backend),
+        pytest.raises(ValueError, match="CTXALCHEMY_BACKEND") as caught,
+    ):
+        importlib.import_module("ctxalchemy")
+    assert all(repr(name) in str(caught.value) for name in ("auto", "native", "python", backend))
+
+
+def test_auto_falls_back_where_there_is_no_native_module() -> None:
+    with native_module_that_raises(missing(NATIVE), "auto"):
+        assert importlib.import_module("ctxalchemy").BACKEND == "python"
+
+
+def test_native_is_required_where_it_is_asked_for() -> None:
+    with native_module_that_raises(missing(NATIVE), "native"), pytest.raises(ModuleNotFoundError, match=NATIVE):
+        importlib.import_module("ctxalchemy")
+
+
+@pytest.mark.parametrize("backend", ["auto", "native"])
+@pytest.mark.parametrize("error", [ImportError("undefined symbol"), missing("what_it_needs")], ids=["symbol", "module"])
+def test_a_broken_native_module_is_heard_of(backend: str, error: Exception) -> None:
+    with native_module_that_raises(error, backend), pytest.raises(ImportError) as caught:
+        importlib.import_module("ctxalchemy")
+    assert caught.value is error
+
+
+def test_python_does_not_so_much_as_look_for_the_native_module() -> None:
+    with native_module_that_raises(SystemError("looked for"), "python"):
+        assert importlib.import_module("ctxalchemy").BACKEND == "python"

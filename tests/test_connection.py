@@ -1,0 +1,303 @@
+"""The connection: built lazily, left as it was by whatever fails, usable again after it is closed."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from sqlalchemy import make_url, text
+from sqlalchemy.exc import ArgumentError
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from support.database import Database, add_note, checked_out
+from support.sessions import Note, maker_creator
+from support.waiting import eventually
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+URL = "sqlite+aiosqlite://"
+
+
+class Creator:
+    """An engine creator that knows what it was called with, and fails while it is told to."""
+
+    def __init__(self) -> None:
+        self.hosts: list[str] = []
+        self.error: Exception | None = None
+
+    def __call__(self, host: str) -> AsyncEngine:
+        self.hosts.append(host)
+        if self.error is not None:
+            raise self.error
+        return create_async_engine(URL)
+
+
+def hostless(ctxalchemy: ModuleType) -> Any:
+    return ctxalchemy.DBConnect(Creator(), maker_creator())
+
+
+async def test_nothing_is_built_before_it_is_needed(ctxalchemy: ModuleType) -> None:
+    creator = Creator()
+    connection = ctxalchemy.DBConnect(creator, maker_creator(), "there")
+    async with ctxalchemy.new_ctx():
+        assert (connection.host, creator.hosts) == ("there", [])
+        await ctxalchemy.db_session(connection)
+        assert creator.hosts == ["there"]
+
+
+async def test_a_session_connects_to_the_database_only_for_its_first_statement(
+    ctxalchemy: ModuleType, database: Database, connection: Any
+) -> None:
+    async with ctxalchemy.new_ctx():
+        session = await ctxalchemy.db_session(connection)
+        assert await database.backends() == []
+        await session.execute(text("SELECT 1"))
+        assert await database.backends() == ["idle in transaction"]
+
+
+async def test_many_tasks_at_first_use_build_one_engine(ctxalchemy: ModuleType) -> None:
+    creator = Creator()
+    connection = ctxalchemy.DBConnect(creator, maker_creator(), "there")
+    sessions = await asyncio.gather(
+        *(ctxalchemy.run_in_new_ctx(ctxalchemy.db_session, connection) for _ in range(50)),
+        *(connection.create_session() for _ in range(50)),
+    )
+    assert creator.hosts == ["there"]
+    assert len({id(session) for session in sessions}) == 100
+    assert len({id(session.bind) for session in sessions}) == 1
+
+
+async def test_an_empty_host_is_refused(ctxalchemy: ModuleType) -> None:
+    connection = hostless(ctxalchemy)
+    with pytest.raises(ValueError, match=r"^host must not be empty$"):
+        ctxalchemy.DBConnect(Creator(), maker_creator(), "")
+    with pytest.raises(ValueError, match=r"^host must not be empty$"):
+        await connection.connect("")
+    with pytest.raises(ValueError, match=r"^host must not be empty$"):
+        await connection.change_host("")
+    assert connection.host is None
+
+
+async def test_a_host_is_needed_for_whatever_connects(ctxalchemy: ModuleType) -> None:
+    connection = hostless(ctxalchemy)
+    with pytest.raises(ValueError, match=r"^host is not set$"):
+        await connection.create_session()
+    with pytest.raises(ValueError, match=r"^host is not set$"):
+        await connection.session_maker()
+    async with ctxalchemy.new_ctx():
+        with pytest.raises(ValueError, match=r"^host is not set$"):
+            await ctxalchemy.db_session(connection)
+        with pytest.raises(ValueError, match=r"^host is not set$"):
+            ctxalchemy.db_session_nowait(connection)
+        await connection.connect("there")
+        assert await ctxalchemy.db_session(connection) is ctxalchemy.db_session_nowait(connection)
+
+
+async def test_connecting_builds_the_engine_once_for_each_host(ctxalchemy: ModuleType) -> None:
+    connection = hostless(ctxalchemy)
+    await connection.connect("here")
+    await connection.connect("here")
+    await connection.change_host("here")
+    await connection.create_session()
+    assert connection.engine_creator.hosts == ["here"]
+    await connection.connect("there")
+    await connection.create_session()
+    assert (connection.host, connection.engine_creator.hosts) == ("there", ["here", "there"])
+
+
+async def test_a_failing_engine_creator_leaves_the_connection_as_it_was(ctxalchemy: ModuleType) -> None:
+    connection = hostless(ctxalchemy)
+    creator = connection.engine_creator
+    creator.error = OSError("no such host")
+    with pytest.raises(OSError, match="no such host"):
+        await connection.connect("here")
+    assert connection.host is None
+
+    creator.error = None
+    await connection.connect("here")
+    maker = await connection.session_maker()
+    creator.error = OSError("no such host")
+    with pytest.raises(OSError, match="no such host"):
+        await connection.change_host("there")
+    assert connection.host == "here"
+    assert await connection.session_maker() is maker
+
+    creator.error = None
+    await connection.change_host("there")
+    assert connection.host == "there"
+    assert await connection.session_maker() is not maker
+
+
+async def test_a_failing_session_maker_creator_leaves_the_connection_as_it_was(ctxalchemy: ModuleType) -> None:
+    connection = hostless(ctxalchemy)
+    create = connection.session_maker_creator
+    await connection.connect("here")
+    maker = await connection.session_maker()
+
+    def fail(_engine: AsyncEngine) -> Any:
+        raise LookupError("no maker")
+
+    connection.session_maker_creator = fail
+    with pytest.raises(LookupError, match="no maker"):
+        await connection.change_host("there")
+    assert connection.host == "here"
+    assert await connection.session_maker() is maker
+    connection.session_maker_creator = create
+    await connection.change_host("there")
+    assert connection.host == "there"
+
+
+async def test_a_creator_that_fails_at_first_use_is_asked_again_at_the_next(
+    ctxalchemy: ModuleType, connection: Any
+) -> None:
+    create, creator = connection.engine_creator, Creator()
+    creator.error = OSError("not yet")
+    connection.engine_creator = creator
+    async with ctxalchemy.new_ctx():
+        with pytest.raises(OSError, match="not yet"):
+            await ctxalchemy.db_session(connection)
+        assert ctxalchemy.get_db_session_from_context(connection) is None
+        connection.engine_creator = create
+        await add_note(await ctxalchemy.db_session(connection), "now")
+
+
+async def test_the_handler_is_awaited_with_the_connection_before_each_new_session(
+    ctxalchemy: ModuleType, database: Database
+) -> None:
+    calls = []
+
+    async def handler(connect: Any) -> None:
+        calls.append(connect)
+
+    connection = ctxalchemy.DBConnect.from_url(URL, before_create_session_handler=handler)
+    async with ctxalchemy.new_ctx():
+        await ctxalchemy.db_session(connection)
+        await ctxalchemy.db_session(connection)
+    await connection.create_session()
+    async with ctxalchemy.new_non_ctx_session(connection):
+        pass
+    assert calls == [connection] * 3
+
+
+async def test_the_handler_may_say_the_host(ctxalchemy: ModuleType) -> None:
+    async def handler(connect: Any) -> None:
+        await connect.change_host("chosen")
+
+    connection = ctxalchemy.DBConnect(Creator(), maker_creator(), before_create_session_handler=handler)
+    async with ctxalchemy.new_ctx():
+        await ctxalchemy.db_session(connection)
+    assert (connection.host, connection.engine_creator.hosts) == ("chosen", ["chosen"])
+
+
+async def test_a_failing_handler_raises_to_its_caller_and_the_next_one_is_served(
+    ctxalchemy: ModuleType, database: Database
+) -> None:
+    errors = [OSError("no replica")]
+
+    async def handler(_connect: Any) -> None:
+        if errors:
+            raise errors.pop()
+
+    connection = database.connection(ctxalchemy, before_create_session_handler=handler)
+    async with ctxalchemy.new_ctx():
+        with pytest.raises(OSError, match="no replica"):
+            await ctxalchemy.db_session(connection)
+        assert ctxalchemy.get_db_session_from_context(connection) is None
+        assert await checked_out(connection) == 0
+        await add_note(await ctxalchemy.db_session(connection), "served")
+    assert await database.notes() == ["served"]
+    await connection.close()
+
+
+async def test_closing_ends_the_connections_and_the_next_use_opens_new_ones(
+    ctxalchemy: ModuleType, database: Database, connection: Any
+) -> None:
+    await connection.close()
+    for name in ("first", "second"):
+        async with ctxalchemy.new_non_ctx_atomic_session(connection) as session:
+            await add_note(session, name)
+        assert await database.backends() == ["idle"]
+        await connection.close()
+        await connection.close()
+
+        async def gone() -> bool:
+            return await database.backends() == []
+
+        assert await eventually(gone)
+    assert await database.notes() == ["first", "second"]
+
+
+async def test_a_session_in_flight_finishes_after_the_connection_was_closed(
+    ctxalchemy: ModuleType, database: Database, connection: Any
+) -> None:
+    async with ctxalchemy.new_ctx():
+        await add_note(await ctxalchemy.db_session(connection), "in flight")
+        await connection.close()
+
+    async def gone() -> bool:
+        return await database.backends() == []
+
+    assert await eventually(gone)
+    assert await database.notes() == ["in flight"]
+
+
+async def test_sessions_made_by_hand_belong_to_no_context(ctxalchemy: ModuleType, connection: Any) -> None:
+    async with ctxalchemy.new_ctx():
+        first, second = await connection.create_session(), await connection.create_session()
+        assert first is not second
+        assert ctxalchemy.get_db_session_from_context(connection) is None
+        await add_note(first, "mine")
+    assert first.in_transaction()
+    await first.close()
+
+
+async def test_a_connection_from_a_url_keeps_what_was_loaded_after_a_commit(
+    ctxalchemy: ModuleType, connection: Any
+) -> None:
+    async with ctxalchemy.new_non_ctx_session(connection) as session:
+        note = Note(name="kept")
+        session.add(note)
+        await session.commit()
+        assert note.name == "kept"
+        assert not session.in_transaction()
+
+
+async def test_a_connection_from_a_url_passes_engine_options_on(ctxalchemy: ModuleType, tmp_path: Any) -> None:
+    url = f"sqlite+aiosqlite:///{tmp_path}/notes.db"
+    connection = ctxalchemy.DBConnect.from_url(url, pool_size=3, echo_pool=False)
+    engine = (await connection.session_maker()).kw["bind"]
+    assert (str(engine.url), engine.pool.size()) == (url, 3)
+    with pytest.raises(TypeError, match="no_such_option"):
+        await ctxalchemy.DBConnect.from_url(url, no_such_option=1).session_maker()
+
+
+async def test_changing_the_host_swaps_it_in_the_url(ctxalchemy: ModuleType) -> None:
+    connection = ctxalchemy.DBConnect.from_url(make_url("postgresql+asyncpg://ada:secret@here:5433/notes?ssl=off"))
+    assert connection.host == "here"
+    await connection.change_host("there")
+    url = (await connection.session_maker()).kw["bind"].url
+    assert url.render_as_string(hide_password=False) == "postgresql+asyncpg://ada:secret@there:5433/notes?ssl=off"
+
+
+async def test_a_url_need_not_name_a_host(ctxalchemy: ModuleType) -> None:
+    connection = ctxalchemy.DBConnect.from_url(URL)
+    async with ctxalchemy.new_ctx():
+        session = await ctxalchemy.db_session(connection)
+        assert await session.scalar(text("SELECT 1")) == 1
+    await connection.close()
+
+
+def test_a_url_that_cannot_be_read_is_refused_at_once(ctxalchemy: ModuleType) -> None:
+    with pytest.raises(ArgumentError):
+        ctxalchemy.DBConnect.from_url("no url")
+
+
+async def test_the_repr_tells_the_host_and_no_password(ctxalchemy: ModuleType) -> None:
+    connection = ctxalchemy.DBConnect.from_url("postgresql+asyncpg://ada:secret@here/notes")
+    before = repr(connection)
+    await connection.session_maker()
+    for shown in (before, repr(connection)):
+        assert "DBConnect" in shown
+        assert "here" in shown
+        assert "secret" not in shown

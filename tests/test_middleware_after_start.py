@@ -1,0 +1,179 @@
+"""The middleware, rules 3 and 4: what comes after the start of the response, and what comes after everything."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from sqlalchemy.exc import DBAPIError, InvalidRequestError
+from support.apps import Answer, Kind, Transport, build, call, client_of, each_kind, each_transport
+from support.database import Database, add_note, break_commit, checked_out, count_notes
+from support.waiting import Gate, eventually
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+    from types import ModuleType
+
+PLACES = ("stream", "background")
+each_place = pytest.mark.parametrize("place", PLACES)
+
+
+def answer_then(place: str, work: Callable[[], Awaitable[None]]) -> Answer:
+    """An answer that does this work while the body is streamed, or after it was sent."""
+
+    async def body() -> AsyncIterator[bytes]:
+        yield b"first"
+        await work()
+        yield b"last"
+
+    return Answer(stream=body()) if place == "stream" else Answer(background=work)
+
+
+@each_kind
+@each_transport
+@each_place
+async def test_what_comes_after_the_start_uses_the_session_and_is_committed_at_the_end(
+    ctxalchemy: ModuleType, database: Database, connection: Any, kind: Kind, transport: Transport, place: str
+) -> None:
+    async def later() -> None:
+        assert await checked_out(connection) == 0
+        session = await ctxalchemy.db_session(connection)
+        assert session is sessions[0]
+        assert await count_notes(session) == 1
+        await add_note(session, "later")
+
+    async def endpoint() -> Answer:
+        sessions.append(await ctxalchemy.db_session(connection))
+        await add_note(sessions[0], "endpoint")
+        return answer_then(place, later)
+
+    async def committed() -> bool:
+        return await database.notes() == ["endpoint", "later"]
+
+    sessions: list[Any] = []
+    async with client_of(build(kind, ctxalchemy, endpoint), transport) as client:
+        response = await client.get("/")
+        assert response.status_code == 200
+        assert response.text == ("firstlast" if place == "stream" else "done")
+        assert await eventually(committed)
+
+
+@each_kind
+@each_place
+async def test_a_session_may_be_made_as_late_as_after_the_start(
+    ctxalchemy: ModuleType, database: Database, connection: Any, kind: Kind, place: str
+) -> None:
+    async def later() -> None:
+        await add_note(await ctxalchemy.db_session(connection), "later")
+
+    async def endpoint() -> Answer:
+        return answer_then(place, later)
+
+    await call(build(kind, ctxalchemy, endpoint))
+    assert await database.notes() == ["later"]
+
+
+@each_kind
+@each_place
+async def test_what_fails_after_the_start_is_undone_but_nothing_that_was_promised(
+    ctxalchemy: ModuleType, database: Database, connection: Any, kind: Kind, place: str
+) -> None:
+    error = LookupError("later")
+
+    async def later() -> None:
+        await add_note(await ctxalchemy.db_session(connection), "undone")
+        raise error
+
+    async def endpoint() -> Answer:
+        await add_note(await ctxalchemy.db_session(connection), "promised")
+        return answer_then(place, later)
+
+    with pytest.raises(LookupError) as caught:
+        await call(build(kind, ctxalchemy, endpoint))
+    assert caught.value is error
+    assert await checked_out(connection) == 0
+    assert await database.notes() == ["promised"]
+
+
+@each_kind
+@each_place
+async def test_a_commit_that_fails_after_the_start_reaches_the_server(
+    ctxalchemy: ModuleType, database: Database, connection: Any, kind: Kind, place: str
+) -> None:
+    async def later() -> None:
+        session = await ctxalchemy.db_session(connection)
+        await add_note(session, "undone")
+        await break_commit(session)
+
+    async def endpoint() -> Answer:
+        await add_note(await ctxalchemy.db_session(connection), "promised")
+        return answer_then(place, later)
+
+    with pytest.raises(DBAPIError):
+        await call(build(kind, ctxalchemy, endpoint))
+    assert await checked_out(connection) == 0
+    assert await database.notes() == ["promised"]
+
+
+@each_place
+async def test_a_handled_error_can_still_have_work_done_after_it(
+    ctxalchemy: ModuleType, database: Database, connection: Any, place: str
+) -> None:
+    async def later() -> None:
+        await add_note(await ctxalchemy.db_session(connection), "about the error")
+
+    async def endpoint() -> Answer:
+        await add_note(await ctxalchemy.db_session(connection), "undone")
+        answer = answer_then(place, later)
+        answer.status = 404
+        return answer
+
+    await call(build("asgi", ctxalchemy, endpoint))
+    assert await database.notes() == ["about the error"]
+
+
+@each_kind
+async def test_a_task_that_outlives_its_request_gets_an_error_and_no_session(
+    ctxalchemy: ModuleType, database: Database, connection: Any, kind: Kind
+) -> None:
+    gate = Gate()
+    tasks: list[asyncio.Task[None]] = []
+
+    async def late() -> None:
+        await gate()
+        await add_note(await ctxalchemy.db_session(connection), "late")
+
+    async def endpoint() -> Answer:
+        await add_note(await ctxalchemy.db_session(connection), "in time")
+        tasks.append(asyncio.create_task(late()))
+        return Answer()
+
+    async with client_of(build(kind, ctxalchemy, endpoint), "tcp") as client:
+        assert (await client.get("/")).status_code == 200
+        await gate.reached()
+    gate.open()
+    with pytest.raises(ctxalchemy.ContextClosedError):
+        await tasks[0]
+    assert await checked_out(connection) == 0
+    assert await database.notes() == ["in time"]
+
+
+@each_kind
+@pytest.mark.parametrize("status", [200, 404])
+async def test_the_sessions_of_a_request_are_closed_after_it(
+    ctxalchemy: ModuleType, connection: Any, other: Any, kind: Kind, status: int
+) -> None:
+    sessions = []
+
+    async def endpoint() -> Answer:
+        sessions.extend([await ctxalchemy.db_session(connection), await ctxalchemy.db_session(other)])
+        await add_note(sessions[0], "any")
+        return Answer(status)
+
+    await call(build(kind, ctxalchemy, endpoint))
+    for session in sessions:
+        with pytest.raises(InvalidRequestError):
+            await count_notes(session)
+    assert await checked_out(connection) == await checked_out(other) == 0
+    assert not ctxalchemy.is_context_initiated()

@@ -1,0 +1,180 @@
+"""The middleware, rule 6: each request has its own context, except where a test has opened one for it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from starlette.applications import Starlette
+from starlette.responses import Response
+from starlette.routing import Mount, Route
+from support.apps import Answer, Kind, bare_app, build, call, client_of, each_kind
+from support.database import Database, add_note, count_notes
+from support.waiting import Gate
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+
+@each_kind
+@pytest.mark.parametrize(
+    ("outer_status", "inner_status", "notes"),
+    [(200, 200, ["inner", "outer"]), (200, 409, ["outer"]), (409, 200, ["inner"]), (409, 409, [])],
+)
+async def test_an_application_called_in_process_by_another_has_its_own_fate(
+    ctxalchemy: ModuleType,
+    database: Database,
+    connection: Any,
+    other: Any,
+    kind: Kind,
+    outer_status: int,
+    inner_status: int,
+    notes: list[str],
+) -> None:
+    async def inner() -> Answer:
+        assert ctxalchemy.get_db_session_from_context(connection) is None
+        await add_note(await ctxalchemy.db_session(other), "inner")
+        return Answer(inner_status)
+
+    async def outer() -> Answer:
+        session = await ctxalchemy.db_session(connection)
+        await add_note(session, "outer")
+        async with client_of(build(kind, ctxalchemy, inner)) as client:
+            assert (await client.get("/")).status_code == inner_status
+        assert await ctxalchemy.db_session(connection) is session
+        assert session.in_transaction()
+        return Answer(outer_status)
+
+    await call(build(kind, ctxalchemy, outer))
+    assert await database.notes() == notes
+
+
+@pytest.mark.parametrize("finished", [False, True])
+async def test_a_request_made_by_a_task_of_another_has_its_own_fate(
+    ctxalchemy: ModuleType, database: Database, connection: Any, other: Any, finished: bool
+) -> None:
+    gate = Gate()
+    tasks: list[asyncio.Task[Any]] = []
+
+    async def second() -> Answer:
+        await add_note(await ctxalchemy.db_session(other), "second")
+        return Answer()
+
+    async def later() -> None:
+        await gate()
+        await call(build("asgi", ctxalchemy, second))
+
+    async def first() -> Answer:
+        await add_note(await ctxalchemy.db_session(connection), "undone")
+        tasks.append(asyncio.create_task(later()))
+        if not finished:
+            gate.open()
+            await tasks[0]
+        return Answer(409)
+
+    await call(build("asgi", ctxalchemy, first))
+    gate.open()
+    await tasks[0]
+    assert await database.notes() == ["second"]
+
+
+async def test_requests_at_the_same_time_have_contexts_of_their_own(ctxalchemy: ModuleType, connection: Any) -> None:
+    all_there = asyncio.Barrier(3)
+    sessions = set()
+
+    async def endpoint() -> Answer:
+        sessions.add(await ctxalchemy.db_session(connection))
+        await all_there.wait()
+        return Answer()
+
+    app = build("asgi", ctxalchemy, endpoint)
+    async with asyncio.timeout(5):
+        await asyncio.gather(*(call(app) for _ in range(3)))
+    assert len(sessions) == 3
+
+
+@each_kind
+async def test_a_request_out_of_a_block_with_a_context_has_its_own(
+    ctxalchemy: ModuleType, database: Database, connection: Any, other: Any, kind: Kind
+) -> None:
+    async def endpoint() -> Answer:
+        await add_note(await ctxalchemy.db_session(other), "request")
+        return Answer()
+
+    async def work() -> None:
+        await add_note(await ctxalchemy.db_session(connection), "undone")
+        await call(build(kind, ctxalchemy, endpoint))
+        raise LookupError
+
+    with pytest.raises(LookupError):
+        await ctxalchemy.run_in_new_ctx(work)
+    assert await database.notes() == ["request"]
+
+
+@each_kind
+@pytest.mark.parametrize("status", [200, 409])
+@pytest.mark.parametrize("opened_by", ["set_test_context", "init_db_session_ctx"])
+async def test_a_context_that_a_test_opened_is_respected(
+    ctxalchemy: ModuleType, database: Database, connection: Any, kind: Kind, status: int, opened_by: str
+) -> None:
+    async def endpoint() -> Answer:
+        session = await ctxalchemy.db_session(connection)
+        assert session is ctxalchemy.get_db_session_from_context(connection)
+        await add_note(session, "uncommitted")
+        return Answer(status)
+
+    async def use_it() -> None:
+        session = await ctxalchemy.db_session(connection)
+        async with client_of(build(kind, ctxalchemy, endpoint)) as client:
+            assert (await client.get("/")).status_code == status
+        assert await ctxalchemy.db_session(connection) is session
+        assert await count_notes(session) == 1
+        assert await database.notes() == []
+        await session.close()
+
+    if opened_by == "set_test_context":
+        async with ctxalchemy.testing.set_test_context():
+            await use_it()
+    else:
+        token = ctxalchemy.init_db_session_ctx()
+        await use_it()
+        await ctxalchemy.reset_db_session_ctx(token)
+    assert await database.notes() == []
+
+
+async def test_the_middleware_added_twice_is_one_context(
+    ctxalchemy: ModuleType, database: Database, connection: Any
+) -> None:
+    """A second context would need a second connection out of a pool of one."""
+
+    async def between(scope: Any, receive: Any, send: Any) -> None:
+        await add_note(await ctxalchemy.db_session(connection), "between")
+        await inner(scope, receive, send)
+
+    async def endpoint() -> Answer:
+        await add_note(await ctxalchemy.db_session(connection), "endpoint")
+        return Answer()
+
+    inner = ctxalchemy.ASGIHTTPDBSessionMiddleware(bare_app(endpoint))
+    await call(ctxalchemy.ASGIHTTPDBSessionMiddleware(between))
+    assert await database.notes() == ["between", "endpoint"]
+
+
+async def test_a_mounted_application_with_its_own_middleware_shares_the_context(
+    ctxalchemy: ModuleType, database: Database, connection: Any
+) -> None:
+    async def mounted(_request: Any) -> Response:
+        await add_note(await ctxalchemy.db_session(connection), "mounted")
+        return Response(status_code=409)
+
+    async def between(scope: Any, receive: Any, send: Any) -> None:
+        await add_note(await ctxalchemy.db_session(connection), "undone with it")
+        await inner(scope, receive, send)
+
+    inner = Starlette(routes=[Route("/", mounted)])
+    outer = Starlette(routes=[Mount("/", between)])
+    for app in (inner, outer):
+        ctxalchemy.starlette.add_starlette_http_db_session_middleware(app)
+    assert (await call(outer))[0]["status"] == 409
+    assert await database.notes() == []

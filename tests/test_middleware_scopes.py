@@ -1,0 +1,119 @@
+"""The middleware, rule 7: what is not HTTP passes through, except WebSockets where that is asked for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from starlette.applications import Starlette
+from starlette.routing import WebSocketRoute
+from support.apps import Message, http_scope
+from support.database import Database, add_note, break_commit, checked_out
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import ModuleType
+
+
+async def talk(app: Any, *messages: str) -> list[Message]:
+    """Open a WebSocket connection, send these texts, close it; return what came back."""
+    to_send: list[Message] = [{"type": "websocket.connect"}]
+    to_send += [{"type": "websocket.receive", "text": text} for text in messages]
+    to_send += [{"type": "websocket.disconnect", "code": 1000}]
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return to_send.pop(0)
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    scope = http_scope() | {"type": "websocket", "scheme": "ws", "subprotocols": []}
+    await app(scope, receive, send)
+    return sent
+
+
+def notes_of(ctxalchemy: ModuleType, connection: Any) -> Callable[[Any], Any]:
+    """An endpoint that takes notes, until it is told that something is wrong."""
+
+    async def endpoint(websocket: Any) -> None:
+        await websocket.accept()
+        async for text in websocket.iter_text():
+            session = await ctxalchemy.db_session(connection)
+            if text == "fail":
+                raise LookupError(text)
+            await (break_commit(session) if text == "break" else add_note(session, text))
+
+    return endpoint
+
+
+def websocket_app(ctxalchemy: ModuleType, connection: Any, **options: Any) -> Any:
+    app = Starlette(routes=[WebSocketRoute("/", notes_of(ctxalchemy, connection))])
+    ctxalchemy.starlette.add_starlette_http_db_session_middleware(app, **options)
+    return app
+
+
+@pytest.mark.parametrize("type_", ["lifespan", "websocket", "something.new"])
+async def test_what_is_not_http_passes_through_untouched(ctxalchemy: ModuleType, type_: str) -> None:
+    calls = []
+
+    async def app(*arguments: Any) -> None:
+        assert not ctxalchemy.is_context_initiated()
+        calls.append(arguments)
+
+    async def receive() -> Message:
+        return {}
+
+    async def send(_message: Message) -> None: ...
+
+    scope = {"type": type_}
+    await ctxalchemy.ASGIHTTPDBSessionMiddleware(app)(scope, receive, send)
+    assert calls == [(scope, receive, send)]
+    assert scope == {"type": type_}
+
+
+async def test_websocket_support_does_not_concern_the_lifespan(ctxalchemy: ModuleType) -> None:
+    async def app(*_: Any) -> None:
+        assert not ctxalchemy.is_context_initiated()
+
+    await ctxalchemy.ASGIHTTPDBSessionMiddleware(app, websocket=True)({"type": "lifespan"}, None, None)
+
+
+async def test_a_websocket_has_no_context_by_default(ctxalchemy: ModuleType, connection: Any) -> None:
+    with pytest.raises(ctxalchemy.ContextNotInitiatedError):
+        await talk(websocket_app(ctxalchemy, connection), "note")
+
+
+async def test_a_websocket_connection_is_committed_when_the_application_returns(
+    ctxalchemy: ModuleType, database: Database, connection: Any
+) -> None:
+    hooked = []
+
+    async def before_commit(session: Any) -> None:
+        assert await database.notes() == []
+        hooked.append(session)
+
+    app = websocket_app(ctxalchemy, connection, websocket=True, before_commit=before_commit)
+    sent = await talk(app, "first", "second")
+    assert [message["type"] for message in sent] == ["websocket.accept"]
+    assert await database.notes() == ["first", "second"]
+    assert await checked_out(connection) == 0
+    assert len(hooked) == 1
+
+
+async def test_a_websocket_connection_is_rolled_back_when_the_application_raises(
+    ctxalchemy: ModuleType, database: Database, connection: Any
+) -> None:
+    with pytest.raises(LookupError, match="fail"):
+        await talk(websocket_app(ctxalchemy, connection, websocket=True), "undone", "fail")
+    assert await checked_out(connection) == 0
+    assert await database.notes() == []
+
+
+async def test_a_failed_commit_of_a_websocket_connection_reaches_the_server(
+    ctxalchemy: ModuleType, database: Database, connection: Any
+) -> None:
+    with pytest.raises(Exception, match="child_note_fkey"):
+        await talk(websocket_app(ctxalchemy, connection, websocket=True), "undone", "break")
+    assert await checked_out(connection) == 0
+    assert await database.notes() == []

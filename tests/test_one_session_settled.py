@@ -1,0 +1,94 @@
+"""``commit_db_session``, ``rollback_db_session`` and ``close_db_session``: one session, before its context ends."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError, InvalidRequestError
+from support.database import Database, add_note, break_commit, checked_out
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+NAMES = ("commit_db_session", "rollback_db_session", "close_db_session")
+
+
+async def test_commit_makes_it_durable_and_returns_the_connection(
+    ctxalchemy: ModuleType, database: Database, connection: Any, other: Any
+) -> None:
+    async with ctxalchemy.new_ctx():
+        session = await ctxalchemy.db_session(connection)
+        await add_note(session, "committed")
+        await add_note(await ctxalchemy.db_session(other), "not yet")
+        await ctxalchemy.commit_db_session(connection)
+        assert await database.notes() == ["committed"]
+        assert await checked_out(connection) == 0
+        assert await checked_out(other) == 1
+        assert await ctxalchemy.db_session(connection) is session
+
+
+async def test_rollback_undoes_it_and_returns_the_connection(
+    ctxalchemy: ModuleType, database: Database, connection: Any, other: Any
+) -> None:
+    async with ctxalchemy.new_ctx():
+        session = await ctxalchemy.db_session(connection)
+        await add_note(session, "undone")
+        await add_note(await ctxalchemy.db_session(other), "kept")
+        await ctxalchemy.rollback_db_session(connection)
+        assert await checked_out(connection) == 0
+        assert await ctxalchemy.db_session(connection) is session
+    assert await database.notes() == ["kept"]
+
+
+async def test_close_undoes_it_and_the_next_use_makes_another_session(
+    ctxalchemy: ModuleType, database: Database, connection: Any
+) -> None:
+    async with ctxalchemy.new_ctx():
+        session = await ctxalchemy.db_session(connection)
+        await add_note(session, "undone")
+        await ctxalchemy.close_db_session(connection)
+        assert await checked_out(connection) == 0
+        assert ctxalchemy.get_db_session_from_context(connection) is None
+        with pytest.raises(InvalidRequestError):
+            await session.execute(text("SELECT 1"))
+        another = await ctxalchemy.db_session(connection)
+        assert another is not session
+        await add_note(another, "kept")
+    assert await database.notes() == ["kept"]
+
+
+async def test_a_failed_commit_comes_through_and_the_session_can_be_used_after_a_rollback(
+    ctxalchemy: ModuleType, database: Database, connection: Any
+) -> None:
+    async with ctxalchemy.new_ctx():
+        session = await ctxalchemy.db_session(connection)
+        await break_commit(session)
+        with pytest.raises(DBAPIError):
+            await ctxalchemy.commit_db_session(connection)
+        assert await checked_out(connection) == 0
+        await ctxalchemy.rollback_db_session(connection)
+        await add_note(session, "next")
+    assert await database.notes() == ["next"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+async def test_without_an_open_transaction_nothing_happens(
+    ctxalchemy: ModuleType, database: Database, connection: Any, name: str
+) -> None:
+    async with ctxalchemy.new_ctx():
+        await getattr(ctxalchemy, name)(connection)
+        assert ctxalchemy.get_db_session_from_context(connection) is None
+        await ctxalchemy.db_session(connection)
+        await getattr(ctxalchemy, name)(connection)
+        assert await database.backends() == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+async def test_without_a_context_that_is_said(ctxalchemy: ModuleType, connection: Any, name: str) -> None:
+    if name == "close_db_session":
+        await ctxalchemy.close_db_session(connection)
+        return
+    with pytest.raises(ctxalchemy.ContextNotInitiatedError):
+        await getattr(ctxalchemy, name)(connection)

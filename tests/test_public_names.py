@@ -1,0 +1,150 @@
+"""What is public, and how it is called: parameter names are part of the contract."""
+
+from __future__ import annotations
+
+import inspect
+from importlib import import_module
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+SIGNATURES = {
+    "ctxalchemy": {
+        "DBConnect": "(engine_creator, session_maker_creator, host=None, before_create_session_handler=None)",
+        "DBConnect.from_url": "(url, *, before_create_session_handler=None, **engine_options)",
+        "DBConnect.connect": "(self, host)",
+        "DBConnect.change_host": "(self, host)",
+        "DBConnect.create_session": "(self)",
+        "DBConnect.session_maker": "(self)",
+        "DBConnect.close": "(self)",
+        "db_session": "(connect)",
+        "db_session_nowait": "(connect)",
+        "atomic_db_session": "(connect, current_transaction='commit')",
+        "commit_db_session": "(connect)",
+        "rollback_db_session": "(connect)",
+        "close_db_session": "(connect)",
+        "new_non_ctx_session": "(connect)",
+        "new_non_ctx_atomic_session": "(connect)",
+        "init_db_session_ctx": "(force=False)",
+        "is_context_initiated": "()",
+        "reset_db_session_ctx": "(token, with_close=True)",
+        "get_db_session_from_context": "(connect)",
+        "put_db_session_to_context": "(connection, session)",
+        "pop_db_session_from_context": "(connect)",
+        "run_in_new_ctx": "(callable_func, *args, **kwargs)",
+        "new_ctx": "()",
+        "commit_all_sessions": "(before_commit=None)",
+        "rollback_all_sessions": "()",
+        "close_all_sessions": "()",
+        "auto_commit_by_status_code": "(status_code, before_commit=None)",
+        "ASGIHTTPDBSessionMiddleware": "(app, before_commit=None, *, commit_if=None, websocket=False)",
+    },
+    "ctxalchemy.starlette": {
+        "StarletteHTTPDBSessionMiddleware": "(app, before_commit=None, *, commit_if=None, websocket=False)",
+        "add_starlette_http_db_session_middleware": "(app, before_commit=None, **options)",
+        "starlette_http_db_session_middleware": "(request, call_next, before_commit=None)",
+    },
+    "ctxalchemy.fastapi": {
+        "add_fastapi_http_db_session_middleware": "(app, before_commit=None, **options)",
+        "fastapi_http_db_session_middleware": "(request, call_next, before_commit=None)",
+    },
+    "ctxalchemy.testing": {
+        "rollback_session": "(connection)",
+        "set_test_context": "(auto_close=False)",
+        "put_savepoint_session_in_ctx": "(connection, session)",
+    },
+}
+ERRORS = {
+    "ContextNotInitiatedError": "RuntimeError",
+    "ContextClosedError": "ContextNotInitiatedError",
+    "ContextAlreadyInitiatedError": "RuntimeError",
+    "SessionNotReadyError": "RuntimeError",
+    "PartialCommitError": "RuntimeError",
+}
+COROUTINE_FUNCTIONS = [
+    "DBConnect.connect",
+    "DBConnect.change_host",
+    "DBConnect.create_session",
+    "DBConnect.session_maker",
+    "DBConnect.close",
+    "db_session",
+    "commit_db_session",
+    "rollback_db_session",
+    "close_db_session",
+    "reset_db_session_ctx",
+    "run_in_new_ctx",
+    "commit_all_sessions",
+    "rollback_all_sessions",
+    "close_all_sessions",
+    "auto_commit_by_status_code",
+]
+
+
+def names_of(module: str) -> set[str]:
+    names = {name for name in SIGNATURES[module] if "." not in name}
+    return names | ERRORS.keys() | {"BACKEND", "BeforeCommitCallback"} if module == "ctxalchemy" else names
+
+
+def without_annotations(function: Any) -> str:
+    signature = inspect.signature(function)
+    parameters = [each.replace(annotation=inspect.Parameter.empty) for each in signature.parameters.values()]
+    return str(signature.replace(parameters=parameters, return_annotation=inspect.Signature.empty))
+
+
+@pytest.mark.parametrize("module", SIGNATURES)
+def test_the_public_names_are_these(ctxalchemy: ModuleType, module: str) -> None:
+    assert set(import_module(module).__all__) == names_of(module)
+
+
+@pytest.mark.parametrize("module", SIGNATURES)
+def test_every_public_name_is_there_to_import(ctxalchemy: ModuleType, module: str) -> None:
+    assert {name for name in names_of(module) if not hasattr(import_module(module), name)} == set()
+
+
+@pytest.mark.parametrize("module", SIGNATURES)
+def test_the_signatures_are_these(ctxalchemy: ModuleType, module: str) -> None:
+    found = {name: without_annotations(attrgetter(name)(import_module(module))) for name in SIGNATURES[module]}
+    assert found == SIGNATURES[module]
+
+
+def test_the_errors_have_these_bases(ctxalchemy: ModuleType) -> None:
+    assert {name: getattr(ctxalchemy, name).__base__.__name__ for name in ERRORS} == ERRORS
+
+
+@pytest.mark.parametrize("name", COROUTINE_FUNCTIONS)
+def test_what_is_awaited_is_a_coroutine_function(ctxalchemy: ModuleType, name: str) -> None:
+    assert inspect.iscoroutinefunction(attrgetter(name)(ctxalchemy))
+
+
+@pytest.mark.parametrize("name", sorted(names_of("ctxalchemy") - {"BACKEND", "BeforeCommitCallback"}))
+def test_every_name_says_that_it_is_of_the_package_and_what_it_is(ctxalchemy: ModuleType, name: str) -> None:
+    public = getattr(ctxalchemy, name)
+    assert (public.__module__, public.__name__, public.__qualname__) == ("ctxalchemy", name, name)
+    assert public.__doc__
+
+
+def test_the_frameworks_names_are_the_one_middleware(ctxalchemy: ModuleType) -> None:
+    assert ctxalchemy.starlette.StarletteHTTPDBSessionMiddleware is ctxalchemy.ASGIHTTPDBSessionMiddleware
+
+
+async def test_the_functions_take_their_parameters_by_name(ctxalchemy: ModuleType) -> None:
+    connection = ctxalchemy.DBConnect.from_url(url="sqlite+aiosqlite://")
+    token = ctxalchemy.init_db_session_ctx(force=True)
+    session = await ctxalchemy.db_session(connect=connection)
+    assert ctxalchemy.db_session_nowait(connect=connection) is session
+    assert ctxalchemy.get_db_session_from_context(connect=connection) is session
+    await ctxalchemy.reset_db_session_ctx(token=token, with_close=True)
+
+
+@pytest.mark.parametrize("name", ["db_session", "db_session_nowait", "init_db_session_ctx", "is_context_initiated"])
+def test_wrong_arguments_are_refused_at_the_call(ctxalchemy: ModuleType, name: str) -> None:
+    function = getattr(ctxalchemy, name)
+    with pytest.raises(TypeError):
+        function(1, 2)
+    with pytest.raises(TypeError):
+        function(unknown=1)
+    assert not ctxalchemy.is_context_initiated()

@@ -1,0 +1,133 @@
+"""Sessions of other kinds: what a subclass overrides is called, and a test double needs only public methods."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from support.apps import Answer, build, call
+from support.database import Database, add_note, add_note_and_fail, checked_out
+from support.sessions import Journal, OverriddenSession, SessionDouble, maker_creator
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+
+@pytest.fixture
+def journal(connection: Any) -> Journal:
+    """What was called of the overridden methods of the connection's sessions."""
+    journal: Journal = []
+    connection.session_maker_creator = maker_creator(class_=OverriddenSession, info={"journal": journal})
+    return journal
+
+
+def methods(journal: Journal) -> list[str]:
+    return [method for method, _ in journal]
+
+
+@pytest.mark.parametrize(
+    ("settle", "called"),
+    [
+        ("commit_all_sessions", ["commit", "close"]),
+        ("rollback_all_sessions", ["rollback", "close"]),
+        ("close_all_sessions", ["rollback", "close"]),
+    ],
+)
+async def test_overridden_methods_are_called_for_all_sessions(
+    ctxalchemy: ModuleType, connection: Any, journal: Journal, settle: str, called: list[str]
+) -> None:
+    async with ctxalchemy.new_ctx():
+        await add_note(await ctxalchemy.db_session(connection), "any")
+        await getattr(ctxalchemy, settle)()
+    assert methods(journal) == called
+    assert await checked_out(connection) == 0
+
+
+@pytest.mark.parametrize("method", ["commit", "rollback", "close"])
+async def test_overridden_methods_are_called_for_one_session(
+    ctxalchemy: ModuleType, connection: Any, journal: Journal, method: str
+) -> None:
+    async with ctxalchemy.new_ctx():
+        await add_note(await ctxalchemy.db_session(connection), "any")
+        await getattr(ctxalchemy, f"{method}_db_session")(connection)
+        assert methods(journal)[-1] == method
+        assert await checked_out(connection) == 0
+
+
+async def test_overridden_methods_are_called_by_the_atomic_block(
+    ctxalchemy: ModuleType, database: Database, connection: Any, journal: Journal
+) -> None:
+    async with ctxalchemy.new_ctx():
+        async with ctxalchemy.atomic_db_session(connection) as session:
+            await add_note(session, "kept")
+        assert methods(journal) == ["commit"]
+        with pytest.raises(LookupError):
+            async with ctxalchemy.atomic_db_session(connection) as session:
+                await add_note_and_fail(session, "undone", LookupError())
+        assert methods(journal) == ["commit", "rollback"]
+    assert await database.notes() == ["kept"]
+
+
+@pytest.mark.parametrize(("status", "called"), [(200, ["commit", "close"]), (500, ["rollback", "close"])])
+async def test_overridden_methods_are_called_by_the_middleware(
+    ctxalchemy: ModuleType, connection: Any, journal: Journal, status: int, called: list[str]
+) -> None:
+    async def endpoint() -> Answer:
+        await add_note(await ctxalchemy.db_session(connection), "any")
+        return Answer(status)
+
+    await call(build("asgi", ctxalchemy, endpoint))
+    assert methods(journal) == called
+    assert await checked_out(connection) == 0
+
+
+async def test_overridden_methods_are_called_for_sessions_outside_contexts(
+    ctxalchemy: ModuleType, connection: Any, journal: Journal
+) -> None:
+    async with ctxalchemy.new_non_ctx_atomic_session(connection) as session:
+        await add_note(session, "any")
+    assert methods(journal) == ["commit", "close"]
+
+
+async def test_a_double_is_committed_and_closed_like_a_session(
+    ctxalchemy: ModuleType, connection: Any, other: Any
+) -> None:
+    journal: Journal = []
+    async with ctxalchemy.new_ctx():
+        for name, each in (("first", connection), ("second", other)):
+            ctxalchemy.put_db_session_to_context(each, SessionDouble(journal, name))
+        assert isinstance(await ctxalchemy.db_session(connection), SessionDouble)
+    steps = ("flush", "commit", "close")
+    assert journal == [(step, name) for step in steps for name in ("first", "second")]
+
+
+async def test_a_double_is_rolled_back_and_closed_like_a_session(ctxalchemy: ModuleType, connection: Any) -> None:
+    journal: Journal = []
+
+    async def endpoint() -> Answer:
+        ctxalchemy.put_db_session_to_context(connection, SessionDouble(journal))
+        return Answer(409)
+
+    await call(build("asgi", ctxalchemy, endpoint))
+    assert methods(journal) == ["rollback", "close"]
+
+
+async def test_a_double_serves_an_atomic_block(ctxalchemy: ModuleType, connection: Any) -> None:
+    journal: Journal = []
+    async with ctxalchemy.new_ctx():
+        ctxalchemy.put_db_session_to_context(connection, SessionDouble(journal))
+        async with ctxalchemy.atomic_db_session(connection, "rollback"):
+            pass
+        with pytest.raises(LookupError):
+            async with ctxalchemy.atomic_db_session(connection):
+                raise LookupError
+    assert methods(journal) == ["rollback", "begin", "commit", "begin", "rollback", "close"]
+
+
+@pytest.mark.parametrize("method", ["commit", "rollback", "close"])
+async def test_one_double_is_settled_like_a_session(ctxalchemy: ModuleType, connection: Any, method: str) -> None:
+    journal: Journal = []
+    async with ctxalchemy.new_ctx():
+        ctxalchemy.put_db_session_to_context(connection, SessionDouble(journal))
+        await getattr(ctxalchemy, f"{method}_db_session")(connection)
+        assert methods(journal)[-1] == method

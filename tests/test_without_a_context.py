@@ -1,0 +1,41 @@
+"""What settles a context says so where there is none, instead of settling nothing."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+SETTLING: dict[str, tuple[Any, ...]] = {
+    "commit_all_sessions": (),
+    "rollback_all_sessions": (),
+    "close_all_sessions": (),
+    "auto_commit_by_status_code": (200,),
+}
+
+
+async def call(ctxalchemy: ModuleType, name: str) -> None:
+    result = getattr(ctxalchemy, name)(*SETTLING[name])
+    assert inspect.isawaitable(result)
+    await result
+
+
+@pytest.mark.parametrize("name", SETTLING)
+async def test_settling_without_a_context_is_an_error(ctxalchemy: ModuleType, name: str) -> None:
+    with pytest.raises(ctxalchemy.ContextNotInitiatedError):
+        await call(ctxalchemy, name)
+
+
+@pytest.mark.parametrize("name", SETTLING)
+async def test_settling_a_context_that_has_closed_is_an_error(ctxalchemy: ModuleType, name: str) -> None:
+    store = ctxalchemy._core.enter()
+    store.close()
+    try:
+        with pytest.raises(ctxalchemy.ContextClosedError):
+            await call(ctxalchemy, name)
+    finally:
+        ctxalchemy._core.leave(store)
