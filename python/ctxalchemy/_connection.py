@@ -11,7 +11,7 @@ from sqlalchemy import event, make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.util import greenlet_spawn
 
-from . import _aborted
+from . import _lost
 from ._finishing import finish
 
 if TYPE_CHECKING:
@@ -167,7 +167,11 @@ class DBConnect:
             await engine.in_its_loop(engine.end)
 
     def _create_session_nowait(self) -> AsyncSession:
-        return self._engine().session_maker()
+        maker = self._engine().session_maker
+        if type(maker) is async_sessionmaker:
+            # What calling it comes to, without the copy that it makes of its options.
+            return maker.class_(**maker.kw)
+        return maker()
 
     def _engine(self) -> _Engine:
         loop = asyncio.get_running_loop()
@@ -227,7 +231,7 @@ class _Engine:
         self._loop = asyncio.get_running_loop()
         self._entries: WeakSet[ConnectionPoolEntry] = WeakSet()
         event.listen(engine.sync_engine, "connect", self._connected)
-        _aborted.watch(engine)
+        _lost.watch(engine)
 
     def _connected(self, _dbapi_connection: object, entry: ConnectionPoolEntry) -> None:
         self._entries.add(entry)
@@ -242,6 +246,7 @@ class _Engine:
 
     async def end(self) -> None:
         """Close every connection, those in flight too."""
+        event.listen(self.engine.sync_engine, "commit", _lost.raise_if_ended)
         for entry in list(self._entries):
             await greenlet_spawn(entry.invalidate)
 

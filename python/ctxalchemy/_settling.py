@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from sqlalchemy import event
 from sqlalchemy.exc import IllegalStateChangeError, InvalidRequestError
@@ -17,16 +17,15 @@ from sqlalchemy.orm import Session
 from sqlalchemy.orm.session import _SessionCloseState
 from sqlalchemy.util import greenlet_spawn
 
-from ._aborted import raise_if_aborted
 from ._errors import PartialCommitError, closed_context
 from ._finishing import add_note, finish
+from ._lost import pool_entry, raise_if_lost
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Dialect
     from sqlalchemy.engine.interfaces import DBAPIConnection
     from sqlalchemy.orm import SessionTransaction
     from sqlalchemy.pool import ConnectionPoolEntry
-    from sqlalchemy.pool.base import _ConnectionFairy
 
     from ._connection import DBConnect
     from ._core import SessionStore
@@ -41,7 +40,10 @@ BeforeCommitCallback = Callable[[AsyncSession], Coroutine[Any, Any, None]]
 
 def is_begun(store: SessionStore) -> bool:
     """Return whether a session is in a transaction: else there is nothing to settle."""
-    return any(session.in_transaction() for _, session in store.items())
+    for _, session in store.items():  # noqa: PERF102, SIM110 - any() takes a generator; this is no dict.
+        if session.in_transaction():
+            return True
+    return False
 
 
 async def commit_all(store: SessionStore, before_commit: BeforeCommitCallback | None = None) -> None:
@@ -264,10 +266,11 @@ def _close_idle(session: AsyncSession) -> bool:
     """Close the session if that takes no I/O: a session without a transaction holds no connection."""
     if not _keeps(session, "close") or session.in_transaction():
         return False
-    # What it is spared mostly: there is nothing to detach, the session refers weakly to what was committed.
-    if next(iter(session.sync_session), None) is not None or type(session.sync_session) is not Session:
-        session.sync_session.close()
-    _end(session.sync_session)
+    sync_session = session.sync_session
+    # Mostly there is nothing to detach: the session refers weakly to what was committed.
+    if type(sync_session) is not Session or sync_session._new or sync_session.identity_map:
+        sync_session.close()
+    _end(sync_session)
     return True
 
 
@@ -349,7 +352,7 @@ def _cut_busy(session: Session) -> list[_Held]:
         if _is_busy(connection):
             connection.invalidate()
         else:
-            held.append((connection.dialect, _entry(connection), connection.connection.dbapi_connection))
+            held.append((connection.dialect, pool_entry(connection), connection.connection.dbapi_connection))
     return held
 
 
@@ -397,12 +400,7 @@ def _check_connections(session: Session) -> None:
                 "this session cannot be committed: another task is in the middle of a statement on it; await "
                 "that task first, or give it a context of its own with run_in_new_ctx()"
             )
-        entry = _entry(connection)
-        if entry is not None and entry.dbapi_connection is not connection.connection.dbapi_connection:
-            raise InvalidRequestError(
-                "this session cannot be committed: its database connection was closed while the transaction was open"
-            )
-        raise_if_aborted(connection)
+        raise_if_lost(connection)
 
 
 def _is_busy(connection: Connection) -> bool:
@@ -414,11 +412,6 @@ def _is_busy(connection: Connection) -> bool:
     """
     lock = getattr(connection.connection.dbapi_connection, "_execute_mutex", None)
     return lock is not None and (lock.locked() or bool(lock._waiters))
-
-
-def _entry(connection: Connection) -> ConnectionPoolEntry | None:
-    """The place that the pool has for the connection."""
-    return cast("_ConnectionFairy", connection.connection)._connection_record
 
 
 def _abandon(session: Session) -> None:

