@@ -8,11 +8,12 @@ ARGS ?=
 export PATH := $(PATH):$(or $(CARGO_HOME),$(HOME)/.cargo)/bin
 
 SET_UP := $(PYTHON) scripts/environment.py
+POSTGRES := $(VENV_PYTHON) scripts/postgres.py --
 EXTENSIONS := python/ctxalchemy/_native*.so python/ctxalchemy/_native*.pyd
 LINTERS := ruff-check ruff-format mypy pyright rustfmt clippy cargo-test
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint format demo serve clean $(LINTERS)
+.PHONY: help test lint format demo serve soak bench bench-gate bench-gate-update clean $(LINTERS)
 
 help:  ## List the targets.
 	@echo 'PYTHON=python3.13 picks the interpreter, wherever the default python3 is not the one to use.'
@@ -20,7 +21,7 @@ help:  ## List the targets.
 
 test:  ## Run the tests on both backends, with a throw-away PostgreSQL.  ARGS="-k word -x" goes to pytest.
 	@$(SET_UP) --need-native test
-	@$(VENV_PYTHON) scripts/postgres.py -- $(VENV_PYTHON) -m pytest -p scripts.both_backends $(ARGS)
+	@$(POSTGRES) $(VENV_PYTHON) -m pytest -p scripts.both_backends $(ARGS)
 
 lint:  ## Run all linters and type checkers, on the Python and the Rust.
 	@$(SET_UP) --need-native test lint
@@ -39,6 +40,18 @@ demo:  ## Run the example, over SQLite or over DATABASE_URL.
 serve:  ## Serve the example application, over SQLite or over DATABASE_URL.
 	@$(SET_UP) demo
 	@$(VENV_PYTHON) examples/serve.py
+
+bench:  ## Run the benchmarks and write bench/REPORT.md.  ARGS="--quick micro" picks.
+	@$(SET_UP) --need-native bench
+	@$(POSTGRES) $(VENV_PYTHON) -m bench $(ARGS)
+
+bench-gate:  ## Fail where the hot path executes 3% more instructions than committed.
+	@$(SET_UP) --need-native bench
+	@$(VENV_PYTHON) -m bench.instructions
+
+bench-gate-update:  ## Renew the committed instruction ratios of this Python.
+	@$(SET_UP) --need-native bench
+	@$(VENV_PYTHON) -m bench.instructions --update
 
 clean:  ## Remove everything that was built, the environment included.
 	rm -rf .venv target dist .mypy_cache .pytest_cache .ruff_cache $(EXTENSIONS)
