@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
 ARGS ?=
+MINUTES ?= 10
 
 # Where rustup puts cargo, if the shell does not know it already.
 export PATH := $(PATH):$(or $(CARGO_HOME),$(HOME)/.cargo)/bin
@@ -40,6 +41,11 @@ demo:  ## Run the example, over SQLite or over DATABASE_URL.
 serve:  ## Serve the example application, over SQLite or over DATABASE_URL.
 	@$(SET_UP) demo
 	@$(VENV_PYTHON) examples/serve.py
+
+soak:  ## Random faults for MINUTES=10 on each backend.  ARGS="--seed 7" replays.
+	@$(SET_UP) --need-native test
+	@$(POSTGRES) $(VENV_PYTHON) tests/soak.py --backend native --minutes $(MINUTES) $(ARGS)
+	@$(POSTGRES) $(VENV_PYTHON) tests/soak.py --backend python --minutes $(MINUTES) $(ARGS)
 
 bench:  ## Run the benchmarks and write bench/REPORT.md.  ARGS="--quick micro" picks.
 	@$(SET_UP) --need-native bench

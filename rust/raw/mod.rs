@@ -44,8 +44,24 @@ impl<T> Immortal<T> {
     }
 
     fn set(&self, object: Bound<'_, PyAny>) {
+        immortalize(&object);
         self.0.store(object.into_ptr().cast(), Ordering::Release);
     }
+}
+
+/// Take an object that lives as long as the process out of reference counting, where threads would contend for it.
+fn immortalize(object: &Bound<'_, PyAny>) {
+    #[cfg(Py_GIL_DISABLED)]
+    // SAFETY: this thread has just made the object, and no other knows of it yet.
+    unsafe {
+        let header = object.as_ptr();
+        let forever = ffi::PyObject_HEAD_INIT;
+        (*header).ob_tid = forever.ob_tid;
+        (*header).ob_ref_local.store(forever.ob_ref_local.into_inner(), Ordering::Relaxed);
+        (*header).ob_ref_shared.store(forever.ob_ref_shared.into_inner(), Ordering::Relaxed);
+    }
+    #[cfg(not(Py_GIL_DISABLED))]
+    let _ = object;
 }
 
 /// Refuse to be imported by a second interpreter of the process: what is static here belongs to the first.

@@ -186,8 +186,8 @@ async def test_a_client_is_told_of_a_partial_commit_by_no_success(
         response = await client.get("/")
     assert response.status_code == 500
     assert 201 not in witness.statuses
-    error = await witness.error()
-    assert isinstance(error, ctxalchemy.PartialCommitError)
+    error: Any = await witness.error()
+    assert type(error) is ctxalchemy.PartialCommitError
     assert (error.committed, error.failed) == ((connection,), (other,))
     await assert_whole(ctxalchemy, database, connection, other, notes=["first"])
 
