@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from inspect import CORO_CREATED, getcoroutinestate
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet, WeakValueDictionary
 
@@ -249,18 +250,24 @@ class _Engine:
         for entry in list(self._entries):
             await greenlet_spawn(entry.invalidate)
 
-    async def in_its_loop(self, function: Callable[[], Awaitable[None]]) -> None:
+    async def in_its_loop(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Call the function in the loop of this engine, and wait for it; a loop that is over takes it along."""
         if self._loop is asyncio.get_running_loop():
             await function()
         elif self._loop.is_running():
-
-            async def call() -> None:
-                await function()
-
-            called = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(call(), self._loop))
-            while not called.done() and self._loop.is_running():
-                await asyncio.wait((called,), timeout=0.1)
+            work = function()
+            try:
+                done = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+                while not done.done() and self._loop.is_running():
+                    await asyncio.wait((done,), timeout=0.1)
+                if done.done() and not done.cancelled():
+                    done.result()
+            except RuntimeError:
+                if not self._loop.is_closed():
+                    raise
+            finally:
+                if getcoroutinestate(work) == CORO_CREATED:
+                    work.close()
 
 
 def _close_returned(_dbapi_connection: object, entry: ConnectionPoolEntry) -> None:

@@ -72,6 +72,15 @@ class Database:
         )
         return [row["state"] for row in rows]
 
+    async def activity(self) -> list[str]:
+        """What the server's processes are at that serve this database's users, for a message."""
+        rows = await self.observer.fetch(
+            "SELECT pid, state, wait_event, now() - state_change AS since, query FROM pg_stat_activity"
+            " WHERE application_name LIKE $1",
+            f"{self.name}%",
+        )
+        return [" ".join(map(str, row.values())) for row in rows]
+
     async def terminate(self, state: str = "%") -> int:
         """Terminate the server's processes that are in this state; return how many."""
         rows = await self.observer.fetch(

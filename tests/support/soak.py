@@ -342,7 +342,8 @@ class Soak:
                 self.happened[f"raised {type(plan.error).__name__}"] += 1
         for connection in self._connections:
             assert await checked_out(connection) == 0, f"{told}: a connection has not come back"
-        assert await self._database.settled(), f"{told}: a server process is still at it"
+        if not await self._database.settled():
+            raise AssertionError(f"{told}: a server process is still at it: {await self._database.activity()}")
         notes = set(await self._database.notes())
         assert must <= notes, f"{told}: lost: {self._name(must - notes)}"
         assert notes <= must | may, f"{told}: not undone: {self._name(notes - must - may)}"
