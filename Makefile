@@ -12,7 +12,7 @@ EXTENSIONS := python/ctxalchemy/_native*.so python/ctxalchemy/_native*.pyd
 LINTERS := ruff-check ruff-format mypy pyright rustfmt clippy cargo-test
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint format demo serve clean $(LINTERS)
+.PHONY: help test wheels lint format demo serve clean $(LINTERS)
 
 help:  ## List the targets.
 	@echo 'PYTHON=python3.13 picks the interpreter, wherever the default python3 is not the one to use.'
@@ -25,6 +25,10 @@ test:  ## Run the tests on both backends, with a throw-away PostgreSQL.  ARGS="-
 lint:  ## Run all linters and type checkers, on the Python and the Rust.
 	@$(SET_UP) --need-native test lint
 	@$(MAKE) --no-print-directory --keep-going $(LINTERS)
+
+wheels:  ## Build the sdist and all wheels for the interpreters at hand, in dist, and check them.
+	@$(SET_UP) wheels
+	@$(VENV_PYTHON) scripts/wheels.py
 
 format:  ## Format the Python and the Rust, and fix what the linter can.
 	@$(SET_UP) --need-native test lint
