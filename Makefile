@@ -3,16 +3,18 @@
 PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
 ARGS ?=
+MINUTES ?= 10
 
 # Where rustup puts cargo, if the shell does not know it already.
 export PATH := $(PATH):$(or $(CARGO_HOME),$(HOME)/.cargo)/bin
 
 SET_UP := $(PYTHON) scripts/environment.py
+POSTGRES := $(VENV_PYTHON) scripts/postgres.py --
 EXTENSIONS := python/ctxalchemy/_native*.so python/ctxalchemy/_native*.pyd
 LINTERS := ruff-check ruff-format mypy pyright rustfmt clippy cargo-test
 
 .DEFAULT_GOAL := help
-.PHONY: help test wheels lint format demo serve clean $(LINTERS)
+.PHONY: help test wheels lint format demo serve soak bench bench-gate bench-gate-update clean $(LINTERS)
 
 help:  ## List the targets.
 	@echo 'PYTHON=python3.13 picks the interpreter, wherever the default python3 is not the one to use.'
@@ -20,7 +22,7 @@ help:  ## List the targets.
 
 test:  ## Run the tests on both backends, with a throw-away PostgreSQL.  ARGS="-k word -x" goes to pytest.
 	@$(SET_UP) --need-native test
-	@$(VENV_PYTHON) scripts/postgres.py -- $(VENV_PYTHON) -m pytest -p scripts.both_backends $(ARGS)
+	@$(POSTGRES) $(VENV_PYTHON) -m pytest -p scripts.both_backends $(ARGS)
 
 lint:  ## Run all linters and type checkers, on the Python and the Rust.
 	@$(SET_UP) --need-native test lint
@@ -43,6 +45,23 @@ demo:  ## Run the example, over SQLite or over DATABASE_URL.
 serve:  ## Serve the example application, over SQLite or over DATABASE_URL.
 	@$(SET_UP) demo
 	@$(VENV_PYTHON) examples/serve.py
+
+soak:  ## Random faults for MINUTES=10 on each backend.  ARGS="--seed 7" replays.
+	@$(SET_UP) --need-native test
+	@$(POSTGRES) $(VENV_PYTHON) tests/soak.py --backend native --minutes $(MINUTES) $(ARGS)
+	@$(POSTGRES) $(VENV_PYTHON) tests/soak.py --backend python --minutes $(MINUTES) $(ARGS)
+
+bench:  ## Run the benchmarks and write bench/REPORT.md.  ARGS="--quick micro" picks.
+	@$(SET_UP) --need-native bench
+	@$(POSTGRES) $(VENV_PYTHON) -m bench $(ARGS)
+
+bench-gate:  ## Fail where the hot path executes 3% more instructions than committed.
+	@$(SET_UP) --need-native bench
+	@$(VENV_PYTHON) -m bench.instructions
+
+bench-gate-update:  ## Renew the committed instruction ratios of this Python.
+	@$(SET_UP) --need-native bench
+	@$(VENV_PYTHON) -m bench.instructions --update
 
 clean:  ## Remove everything that was built, the environment included.
 	rm -rf .venv target dist .mypy_cache .pytest_cache .ruff_cache $(EXTENSIONS)

@@ -11,49 +11,49 @@ mod store;
 
 use pyo3::prelude::*;
 
+/// What Python sees.  Each function looks like its twin of the same name, and has the body that is named here.
 #[pymodule(gil_used = false)]
 mod _native {
     use pyo3::prelude::*;
     use pyo3::sync::PyOnceLock;
 
-    use crate::{
-        context, errors, lookup,
-        raw::{Coroutine, function, install_var},
-        store,
-    };
+    use crate::raw::{self, Body, function};
+    use crate::{context, errors, lookup, store};
 
-    static NAMES: PyOnceLock<Vec<(&str, Py<PyAny>)>> = PyOnceLock::new();
+    type Names = Vec<(&'static str, Py<PyAny>)>;
 
-    /// What Python sees.
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        static NAMES: PyOnceLock<Names> = PyOnceLock::new();
         let py = module.py();
-        let names = NAMES.get_or_try_init(py, || {
-            let twin = py.import("ctxalchemy._pure")?;
-            errors::install(py)?;
-            install_var(py)?;
-            lookup::install(py)?;
-            Coroutine::install(py)?;
-            PyResult::Ok(vec![
-                ("SessionStore", store::class(&twin.getattr("SessionStore")?)?.unbind()),
-                ("current", function::<0, context::Current>(&twin.getattr("current")?)?.unbind()),
-                ("enter", function::<1, context::Enter>(&twin.getattr("enter")?)?.unbind()),
-                ("leave", function::<1, context::Leave>(&twin.getattr("leave")?)?.unbind()),
-                ("init_db_session_ctx", function::<1, context::Init>(&twin.getattr("init_db_session_ctx")?)?.unbind()),
-                (
-                    "is_context_initiated",
-                    function::<0, context::IsInitiated>(&twin.getattr("is_context_initiated")?)?.unbind(),
-                ),
-                ("db_session", function::<1, lookup::DbSession>(&twin.getattr("db_session")?)?.unbind()),
-                (
-                    "db_session_nowait",
-                    function::<1, lookup::DbSessionNowait>(&twin.getattr("db_session_nowait")?)?.unbind(),
-                ),
-            ])
-        })?;
-        for (name, object) in names {
+        raw::check_interpreter(py)?;
+        for (name, object) in NAMES.get_or_try_init(py, || names(&py.import("ctxalchemy._pure")?))? {
             module.add(*name, object)?;
         }
         Ok(())
+    }
+
+    fn names(twin: &Bound<'_, PyModule>) -> PyResult<Names> {
+        let py = twin.py();
+        errors::install(py)?;
+        lookup::install(py)?;
+        raw::install(py)?;
+        Ok(vec![
+            ("SessionStore", store::class(&twin.getattr("SessionStore")?)?.unbind()),
+            named::<0, context::Current>(twin, "current")?,
+            named::<1, context::Enter>(twin, "enter")?,
+            named::<1, context::Leave>(twin, "leave")?,
+            named::<1, context::Init>(twin, "init_db_session_ctx")?,
+            named::<0, context::IsInitiated>(twin, "is_context_initiated")?,
+            named::<1, lookup::DbSession>(twin, "db_session")?,
+            named::<1, lookup::DbSessionNowait>(twin, "db_session_nowait")?,
+        ])
+    }
+
+    fn named<const N: usize, B: Body<N>>(
+        twin: &Bound<'_, PyModule>,
+        name: &'static str,
+    ) -> PyResult<(&'static str, Py<PyAny>)> {
+        Ok((name, function::<N, B>(&twin.getattr(name)?)?.unbind()))
     }
 }

@@ -2,71 +2,80 @@
 
 /// Pairs of key and value, both a `T`.
 ///
-/// A key is found by a scan: up to sixteen keys that is as fast as a hash map, and one key, the
-/// common number, needs no allocation.  Whatever is replaced or removed is returned, never dropped
-/// here: the caller decides when a destructor may run.
+/// A key is found by a scan: up to sixteen of them that is as fast as a hash map.  One key, the
+/// common number, needs no allocation, and all is two words wide.  Whatever is replaced or removed is
+/// returned, never dropped here: the caller decides when a destructor may run.
 #[derive(Clone)]
-pub struct Slots<T> {
-    first: Option<(T, T)>,
-    // One pointer wide while there is at most one key.
+pub enum Slots<T> {
+    One((T, T)),
+    // Boxed, so that it fits beside the null that stands for "not one".
     #[expect(clippy::box_collection)]
-    rest: Option<Box<Vec<(T, T)>>>,
+    Other(Option<Box<Vec<(T, T)>>>),
 }
 
 impl<T> Slots<T> {
     pub const fn new() -> Self {
-        Self { first: None, rest: None }
+        Self::Other(None)
+    }
+
+    #[inline(always)]
+    fn as_slice(&self) -> &[(T, T)] {
+        match self {
+            Self::One(pair) => std::slice::from_ref(pair),
+            Self::Other(Some(pairs)) => pairs,
+            Self::Other(None) => &[],
+        }
+    }
+
+    fn as_mut_slice(&mut self) -> &mut [(T, T)] {
+        match self {
+            Self::One(pair) => std::slice::from_mut(pair),
+            Self::Other(Some(pairs)) => pairs,
+            Self::Other(None) => &mut [],
+        }
     }
 
     pub fn len(&self) -> usize {
-        usize::from(self.first.is_some()) + self.rest.as_ref().map_or(0, |rest| rest.len())
+        self.as_slice().len()
     }
 
     pub fn iter(&self) -> impl Iterator<Item = &(T, T)> {
-        self.first.iter().chain(self.rest.iter().flat_map(|rest| rest.iter()))
+        self.as_slice().iter()
     }
 
     /// The value of the key that `same` knows.
-    #[inline]
+    #[inline(always)]
     pub fn get(&self, same: impl Fn(&T) -> bool) -> Option<&T> {
-        match &self.first {
-            Some((key, value)) if same(key) => Some(value),
-            _ => {
-                let mut rest = self.rest.as_ref()?.iter();
-                rest.find(|(key, _)| same(key)).map(|(_, value)| value)
-            }
-        }
+        self.as_slice().iter().find(|(key, _)| same(key)).map(|(_, value)| value)
     }
 
     /// Set the value of `key`, in its place if it has one, else at the end.  Returns the pair that was there.
     pub fn put(&mut self, key: T, value: T, same: impl Fn(&T) -> bool) -> Option<(T, T)> {
         let pair = (key, value);
-        if self.first.as_ref().is_none_or(|(key, _)| same(key)) {
-            return self.first.replace(pair);
+        if let Some(place) = self.as_mut_slice().iter_mut().find(|(key, _)| same(key)) {
+            return Some(std::mem::replace(place, pair));
         }
-        let rest = self.rest.get_or_insert_default();
-        match rest.iter_mut().find(|(key, _)| same(key)) {
-            Some(place) => Some(std::mem::replace(place, pair)),
-            None => {
-                rest.push(pair);
-                None
+        *self = match self.take() {
+            Self::Other(None) => Self::One(pair),
+            Self::One(first) => Self::Other(Some(Box::new(vec![first, pair]))),
+            Self::Other(Some(mut pairs)) => {
+                pairs.push(pair);
+                Self::Other(Some(pairs))
             }
-        }
+        };
+        None
     }
 
     /// Remove and return the pair of the key that `same` knows.
     pub fn pop(&mut self, same: impl Fn(&T) -> bool) -> Option<(T, T)> {
-        if self.first.as_ref().is_some_and(|(key, _)| same(key)) {
-            // Others move up: `first` is empty only when all is.
-            let next = match &mut self.rest {
-                Some(rest) if !rest.is_empty() => Some(rest.remove(0)),
-                _ => None,
-            };
-            return std::mem::replace(&mut self.first, next);
+        let index = self.iter().position(|(key, _)| same(key))?;
+        match self {
+            Self::Other(Some(pairs)) => Some(pairs.remove(index)),
+            _ => match self.take() {
+                Self::One(pair) => Some(pair),
+                Self::Other(_) => None,
+            },
         }
-        let rest = self.rest.as_mut()?;
-        let index = rest.iter().position(|(key, _)| same(key))?;
-        Some(rest.remove(index))
     }
 
     /// Remove and return everything.
@@ -154,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn is_three_words_wide() {
-        assert_eq!(size_of::<Slots<Box<u8>>>(), 3 * size_of::<usize>());
+    fn is_two_words_wide() {
+        assert_eq!(size_of::<Slots<Box<u8>>>(), 2 * size_of::<usize>());
     }
 }

@@ -17,28 +17,28 @@ pub fn class<'py>(twin: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
     for name in ["__doc__", "__final__"] {
         class.setattr(name, twin.getattr(name)?)?;
     }
-    for (name, method) in [
-        ("__init__", function::<2, Init>(&twin.getattr("__init__")?)?),
-        ("get", function::<2, Get>(&twin.getattr("get")?)?),
-        ("put", function::<3, Put>(&twin.getattr("put")?)?),
-        ("pop", function::<2, Pop>(&twin.getattr("pop")?)?),
-        ("items", function::<1, Items>(&twin.getattr("items")?)?),
-        ("clear", function::<1, Clear>(&twin.getattr("clear")?)?),
-        ("close", function::<1, Close>(&twin.getattr("close")?)?),
-        ("__len__", function::<1, Len>(&twin.getattr("__len__")?)?),
-        ("__repr__", function::<1, Repr>(&twin.getattr("__repr__")?)?),
-    ] {
-        class.setattr(name, method)?;
-    }
-    let property = twin.py().import("builtins")?.getattr("property")?;
-    for (name, getter) in [
-        ("manual", function::<1, Manual>(&twin.getattr("manual")?.getattr("fget")?)?),
-        ("closed", function::<1, Closed>(&twin.getattr("closed")?.getattr("fget")?)?),
-        ("token", function::<1, Token>(&twin.getattr("token")?.getattr("fget")?)?),
-    ] {
-        class.setattr(name, property.call1((getter,))?)?;
-    }
+    set::<2, Init>(&class, twin, "__init__")?;
+    set::<2, Get>(&class, twin, "get")?;
+    set::<3, Put>(&class, twin, "put")?;
+    set::<2, Pop>(&class, twin, "pop")?;
+    set::<1, Items>(&class, twin, "items")?;
+    set::<1, Clear>(&class, twin, "clear")?;
+    set::<1, Close>(&class, twin, "close")?;
+    set::<1, Len>(&class, twin, "__len__")?;
+    set::<1, Repr>(&class, twin, "__repr__")?;
+    set_property::<Manual>(&class, twin, "manual")?;
+    set_property::<Closed>(&class, twin, "closed")?;
+    set_property::<Token>(&class, twin, "token")?;
     Ok(class)
+}
+
+fn set<const N: usize, B: Body<N>>(class: &Bound<'_, PyAny>, twin: &Bound<'_, PyAny>, name: &str) -> PyResult<()> {
+    class.setattr(name, function::<N, B>(&twin.getattr(name)?)?)
+}
+
+fn set_property<B: Body<1>>(class: &Bound<'_, PyAny>, twin: &Bound<'_, PyAny>, name: &str) -> PyResult<()> {
+    let property = class.py().import("builtins")?.getattr("property")?;
+    class.setattr(name, property.call1((function::<1, B>(&twin.getattr(name)?.getattr("fget")?)?,))?)
 }
 
 /// The argument as a store.

@@ -34,8 +34,9 @@ async def test_an_error_rolls_the_block_back_and_comes_through(
     ctxalchemy: ModuleType, database: Database, connection: Any
 ) -> None:
     async with ctxalchemy.new_ctx():
+        session = await ctxalchemy.db_session(connection)
         with pytest.raises(Early):
-            async with ctxalchemy.atomic_db_session(connection) as session:
+            async with ctxalchemy.atomic_db_session(connection):
                 await add_note_and_fail(session, "inside", Early())
         assert not session.in_transaction()
         assert await checked_out(connection) == 0

@@ -60,8 +60,13 @@ __all__ = [
     "run_in_new_ctx",
 ]
 
-for _name in __all__:
-    _public = globals()[_name]
-    if getattr(_public, "__module__", "").startswith(f"{__name__}."):
-        _public.__module__ = __name__
-del _name, _public
+
+def _show_as_own(names: list[str]) -> None:
+    """Let reprs, pickles and documentation name this module, not the private one behind it."""
+    for name in names:
+        public = globals()[name]
+        if getattr(public, "__module__", "").startswith(f"{__name__}."):
+            public.__module__ = __name__
+
+
+_show_as_own(__all__)

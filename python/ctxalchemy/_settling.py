@@ -149,12 +149,15 @@ async def _out_of_reach(
     sessions: Iterable[AsyncSession],
     failures: list[BaseException],
 ) -> None:
-    """Do this to each session where no cancellation reaches it."""
-    if isinstance(error, GeneratorExit):
-        # The coroutine is being thrown away, and may not await.
-        _drop(sessions, failures)
-    else:
-        await finish(_attempt(operation, sessions, failures))
+    """Do this to each session where no cancellation of the caller reaches it."""
+    left = iter(sessions)
+    try:
+        if not isinstance(error, GeneratorExit):
+            await finish(_attempt(operation, left, failures))
+    finally:
+        # The coroutine is being thrown away, and may not await; or everything is being cancelled, this
+        # task too before it began.
+        _drop(left, failures)
 
 
 async def _attempt(

@@ -14,7 +14,7 @@ use pyo3::{Borrowed, IntoPyObjectExt};
 
 use super::pool::Pool;
 use super::stop_iteration::{Spare, stop_iteration};
-use super::{Argument, Immortal, NO_GETTER, NO_MEMBER, Outcome, Raised, member, new_type, returned, slot};
+use super::{Argument, Immortal, NO_GETTER, NO_MEMBER, Outcome, Raised, caught, member, new_type, returned, slot};
 use crate::coroutine;
 
 #[repr(C)]
@@ -27,6 +27,7 @@ pub struct Coroutine {
     weakrefs: *mut ffi::PyObject,
     state: AtomicU8,
     tracked: bool,
+    finalized: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -79,6 +80,7 @@ impl Coroutine {
             (*coroutine).weakrefs = ptr::null_mut();
             (&raw mut (*coroutine).state).write(AtomicU8::new(State::New as u8));
             (*coroutine).tracked = false;
+            (*coroutine).finalized = false;
             Ok(Bound::from_owned_ptr(py, coroutine.cast()))
         }
     }
@@ -340,19 +342,24 @@ unsafe extern "C" fn repr(object: *mut ffi::PyObject) -> *mut ffi::PyObject {
 unsafe extern "C" fn finalize(object: *mut ffi::PyObject) {
     // SAFETY: called by the interpreter with an object of this type.
     let (py, coroutine) = unsafe { (Python::assume_attached(), Coroutine::of(object)) };
+    // SAFETY: nobody else has the object.
+    unsafe { (*object.cast::<Coroutine>()).finalized = true };
     if !coroutine.claim(State::New) {
         return;
     }
     coroutine.release(State::Done);
-    // Whatever is being raised while the object goes stays so.
-    let raised = PyErr::take(py);
-    let category = py.get_type::<PyRuntimeWarning>();
-    if let Err(error) = PyErr::warn(py, &category, c"coroutine 'db_session' was never awaited", 1) {
-        error.write_unraisable(py, Some(&coroutine.borrowed(py)));
-    }
-    if let Some(error) = raised {
-        error.restore(py);
-    }
+    let _ = caught(|| {
+        // Whatever is being raised while the object goes stays so.
+        let raised = PyErr::take(py);
+        let category = py.get_type::<PyRuntimeWarning>();
+        if let Err(error) = PyErr::warn(py, &category, c"coroutine 'db_session' was never awaited", 1) {
+            error.write_unraisable(py, Some(&coroutine.borrowed(py)));
+        }
+        if let Some(error) = raised {
+            error.restore(py);
+        }
+        Ok(())
+    });
 }
 
 unsafe extern "C" fn traverse(object: *mut ffi::PyObject, visit: ffi::visitproc, argument: *mut c_void) -> c_int {
@@ -406,7 +413,8 @@ unsafe extern "C" fn dealloc(object: *mut ffi::PyObject) {
         }
         ffi::Py_DECREF((*coroutine).connect.as_ptr());
         (*coroutine).stop.recycle();
-        if !POOL.put(NonNull::new_unchecked(coroutine)) {
+        // The interpreter remembers of a finalized one that it is, and would not do it again.
+        if (*coroutine).finalized || !POOL.put(NonNull::new_unchecked(coroutine)) {
             (*coroutine).stop.discard();
             let class = ffi::Py_TYPE(object);
             ffi::PyObject_GC_Del(object.cast());

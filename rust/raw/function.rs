@@ -10,7 +10,7 @@ use pyo3::sync::PyOnceLock;
 use pyo3::types::PyDict;
 use pyo3::{Borrowed, IntoPyObjectExt, intern};
 
-use super::{Argument, Immortal, NO_GETTER, NO_MEMBER, Outcome, member, new_type, returned, slot};
+use super::{Argument, Immortal, NO_GETTER, NO_MEMBER, Outcome, immortalize, member, new_type, returned, slot};
 
 /// The body of a function with `N` parameters.
 pub trait Body<const N: usize> {
@@ -73,6 +73,7 @@ pub fn function<'py, const N: usize, B: Body<N>>(twin: &Bound<'py, PyAny>) -> Py
     }
     // Where both backends' users find it, and where pickle looks for it.
     function.setattr("__module__", "ctxalchemy")?;
+    immortalize(&function);
     Ok(function)
 }
 

@@ -9,19 +9,22 @@ mod object;
 mod pool;
 mod stop_iteration;
 mod store;
+#[cfg(Py_GIL_DISABLED)]
+mod thread;
 mod var;
 
 pub use coroutine::{Coroutine, Sent, State};
 pub use function::{Body, function};
 pub use object::Object;
 pub use store::Store;
-pub use var::{current, install_var, reset, set};
+pub use var::{current, reset, set};
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr;
-use std::sync::atomic::{AtomicPtr, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicPtr, Ordering};
 
 use pyo3::Borrowed;
+use pyo3::exceptions::PyImportError;
 use pyo3::ffi;
 use pyo3::panic::PanicException;
 use pyo3::prelude::*;
@@ -41,8 +44,43 @@ impl<T> Immortal<T> {
     }
 
     fn set(&self, object: Bound<'_, PyAny>) {
+        immortalize(&object);
         self.0.store(object.into_ptr().cast(), Ordering::Release);
     }
+}
+
+/// Take an object that lives as long as the process out of reference counting, where threads would contend for it.
+fn immortalize(object: &Bound<'_, PyAny>) {
+    #[cfg(Py_GIL_DISABLED)]
+    // SAFETY: this thread has just made the object, and no other knows of it yet.
+    unsafe {
+        let header = object.as_ptr();
+        let forever = ffi::PyObject_HEAD_INIT;
+        (*header).ob_tid = forever.ob_tid;
+        (*header).ob_ref_local.store(forever.ob_ref_local.into_inner(), Ordering::Relaxed);
+        (*header).ob_ref_shared.store(forever.ob_ref_shared.into_inner(), Ordering::Relaxed);
+    }
+    #[cfg(not(Py_GIL_DISABLED))]
+    let _ = object;
+}
+
+/// Refuse to be imported by a second interpreter of the process: what is static here belongs to the first.
+pub fn check_interpreter(_: Python<'_>) -> PyResult<()> {
+    static FIRST: AtomicI64 = AtomicI64::new(-1);
+    // SAFETY: the thread is attached, hence to an interpreter.
+    let this = unsafe { ffi::PyInterpreterState_GetID(ffi::PyInterpreterState_Get()) };
+    match FIRST.compare_exchange(-1, this, Ordering::Relaxed, Ordering::Relaxed) {
+        Err(first) if first != this => {
+            Err(PyImportError::new_err("ctxalchemy._native can be imported by one interpreter of a process only"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Make what the rest needs.
+pub fn install(py: Python<'_>) -> PyResult<()> {
+    var::install(py)?;
+    Coroutine::install(py)
 }
 
 /// Make a type from its parts.

@@ -1,43 +1,16 @@
 //! Dead objects, kept for the next ones of their type: faster than to free and allocate them.
 
-use std::ptr::NonNull;
-
 #[cfg(Py_GIL_DISABLED)]
-pub use no_pool::Pool;
+pub use striped::Pool;
 #[cfg(not(Py_GIL_DISABLED))]
 pub use under_the_gil::Pool;
-
-/// Threads would contend for it, and the allocator keeps memory for each of them.
-#[cfg(Py_GIL_DISABLED)]
-mod no_pool {
-    use std::marker::PhantomData;
-
-    use super::NonNull;
-
-    pub struct Pool<T>(PhantomData<fn(T)>);
-
-    impl<T> Pool<T> {
-        pub const fn new() -> Self {
-            Self(PhantomData)
-        }
-
-        pub unsafe fn take(&self) -> Option<NonNull<T>> {
-            None
-        }
-
-        pub unsafe fn put(&self, _: NonNull<T>) -> bool {
-            false
-        }
-    }
-}
 
 #[cfg(not(Py_GIL_DISABLED))]
 mod under_the_gil {
     use std::cell::UnsafeCell;
+    use std::ptr::NonNull;
 
     use pyo3::ffi;
-
-    use super::NonNull;
 
     /// One is taken and given back; more are dead at once only after many were alive at once.
     const SIZE: usize = 16;
@@ -53,7 +26,7 @@ mod under_the_gil {
             Self(UnsafeCell::new(([None; SIZE], 0)))
         }
 
-        /// A dead object to bring back to life, untracked, as it was given away.
+        /// A dead object brought back to life, untracked, as it was given away.
         ///
         /// # Safety
         /// The GIL is held.
@@ -86,6 +59,64 @@ mod under_the_gil {
                 }
                 None => false,
             }
+        }
+    }
+}
+
+#[cfg(Py_GIL_DISABLED)]
+mod striped {
+    use std::ptr::{self, NonNull};
+    use std::sync::atomic::{AtomicPtr, Ordering};
+
+    use pyo3::ffi;
+
+    use crate::raw::thread;
+
+    const STRIPES: usize = 256;
+
+    /// Of `T`s, which are Python objects: they begin with a `PyObject`.
+    ///
+    /// One for each thread, as a rule: threads that fall on the same place find it empty at times.
+    pub struct Pool<T>([AtomicPtr<T>; STRIPES]);
+
+    impl<T> Pool<T> {
+        pub const fn new() -> Self {
+            Self([const { AtomicPtr::new(ptr::null_mut()) }; STRIPES])
+        }
+
+        fn stripe(&self) -> &AtomicPtr<T> {
+            // The addresses lie some pages apart, or their stacks' size.
+            let page = thread::identity() >> 12;
+            &self.0[(page ^ (page >> 8) ^ (page >> 16)) % STRIPES]
+        }
+
+        /// A dead object brought back to life, untracked, as it was given away.
+        ///
+        /// # Safety
+        /// The thread is attached.
+        #[inline(always)]
+        pub unsafe fn take(&self) -> Option<NonNull<T>> {
+            let object = NonNull::new(self.stripe().swap(ptr::null_mut(), Ordering::Acquire))?;
+            // SAFETY: as above.  It was in the pool, hence is nobody else's.
+            unsafe {
+                let header = object.as_ptr().cast::<ffi::PyObject>();
+                let class = ffi::Py_TYPE(header);
+                // Takes another reference to the type.
+                ffi::PyObject_Init(header, class);
+                ffi::Py_DECREF(class.cast());
+            }
+            Some(object)
+        }
+
+        /// Keep a dead object, if there is room.
+        ///
+        /// # Safety
+        /// The thread is attached, and nobody else has the object.
+        #[inline(always)]
+        pub unsafe fn put(&self, object: NonNull<T>) -> bool {
+            let kept =
+                self.stripe().compare_exchange(ptr::null_mut(), object.as_ptr(), Ordering::Release, Ordering::Relaxed);
+            kept.is_ok()
         }
     }
 }

@@ -3,9 +3,9 @@
 use pyo3::exceptions::PyStopIteration;
 use pyo3::prelude::*;
 
-#[cfg(not(all(Py_3_12, not(Py_GIL_DISABLED))))]
+#[cfg(not(Py_3_12))]
 pub use always_new::Spare;
-#[cfg(all(Py_3_12, not(Py_GIL_DISABLED)))]
+#[cfg(Py_3_12)]
 pub use reused::Spare;
 
 /// The StopIteration for this value.
@@ -14,8 +14,8 @@ pub fn stop_iteration(value: Bound<'_, PyAny>) -> PyErr {
     PyStopIteration::new_err((value.unbind(),))
 }
 
-/// 3.11 awaits through `am_send`, without an exception; threads without a GIL would get in each other's way.
-#[cfg(not(all(Py_3_12, not(Py_GIL_DISABLED))))]
+/// 3.11 awaits through `am_send`, without an exception.
+#[cfg(not(Py_3_12))]
 mod always_new {
     use pyo3::prelude::*;
 
@@ -37,8 +37,8 @@ mod always_new {
     }
 }
 
-/// 3.12 and later await through `tp_iternext`, hence a StopIteration, and making one takes longer than all the rest.
-#[cfg(all(Py_3_12, not(Py_GIL_DISABLED)))]
+/// 3.12 and later await through `tp_iternext`: making its StopIteration takes longer than all the rest.
+#[cfg(Py_3_12)]
 mod reused {
     use std::ptr;
 
@@ -46,70 +46,94 @@ mod reused {
     use pyo3::ffi;
     use pyo3::prelude::*;
 
+    #[cfg(Py_GIL_DISABLED)]
+    use crate::raw::thread;
+
     /// A StopIteration to be used again, while nobody else has seen it, or none yet.
     ///
     /// The `await` of the interpreter takes the value and drops the exception.  Anyone else may keep
     /// it, or leave traces on it: a debugger, `next()` called by hand.  It is then theirs.
-    pub struct Spare(*mut ffi::PyStopIterationObject);
+    pub struct Spare {
+        exception: *mut ffi::PyStopIterationObject,
+        #[cfg(Py_GIL_DISABLED)]
+        maker: usize,
+    }
 
     impl Spare {
         pub const fn new() -> Self {
-            Self(ptr::null_mut())
+            Self {
+                exception: ptr::null_mut(),
+                #[cfg(Py_GIL_DISABLED)]
+                maker: 0,
+            }
         }
 
         #[inline(always)]
         pub fn raise(&mut self, value: Bound<'_, PyAny>) {
-            if !self.is_pristine() {
-                return self.raise_new(value);
-            }
-            // SAFETY: the exception is this one's alone; its value, None while it is idle, is owned by it.
-            unsafe {
-                let idle = ptr::replace(&raw mut (*self.0).value, value.into_ptr());
-                ffi::PyErr_SetRaisedException(ffi::Py_NewRef(self.0.cast()));
-                ffi::Py_DECREF(idle);
+            if self.is_pristine() {
+                self.raise_again(value);
+            } else {
+                self.raise_new(value);
             }
         }
 
         #[cold]
         fn raise_new(&mut self, value: Bound<'_, PyAny>) {
             self.discard();
-            let py = value.py();
-            match py.get_type::<PyStopIteration>().call0() {
+            // Without arguments: filling in a tuple each time would take a tenth of the await.
+            match value.py().get_type::<PyStopIteration>().call0() {
                 Ok(exception) => {
-                    self.0 = exception.into_ptr().cast();
-                    // SAFETY: as above.
-                    unsafe {
-                        let idle = ptr::replace(&raw mut (*self.0).value, value.into_ptr());
-                        ffi::PyErr_SetRaisedException(ffi::Py_NewRef(self.0.cast()));
-                        ffi::Py_XDECREF(idle);
+                    self.exception = exception.into_ptr().cast();
+                    #[cfg(Py_GIL_DISABLED)]
+                    {
+                        self.maker = thread::identity();
                     }
+                    self.raise_again(value);
                 }
-                Err(error) => error.restore(py),
+                Err(error) => error.restore(value.py()),
             }
+        }
+
+        #[inline(always)]
+        fn raise_again(&mut self, value: Bound<'_, PyAny>) {
+            self.exchange(value.into_ptr());
+            // SAFETY: an exception, and a reference to it that is given away.
+            unsafe { ffi::PyErr_SetRaisedException(ffi::Py_NewRef(self.exception.cast())) }
         }
 
         /// Let go of the value, and of the exception if someone has seen it.
         #[inline(always)]
         pub fn recycle(&mut self) {
             if self.is_pristine() {
-                // SAFETY: the exception is this one's alone; its value is owned by it.
-                unsafe {
-                    let value = ptr::replace(&raw mut (*self.0).value, ffi::Py_NewRef(ffi::Py_None()));
-                    ffi::Py_DECREF(value);
-                }
+                // SAFETY: None is an object.
+                self.exchange(unsafe { ffi::Py_NewRef(ffi::Py_None()) });
             } else {
                 self.discard();
             }
         }
 
+        #[inline(always)]
+        fn exchange(&mut self, value: *mut ffi::PyObject) {
+            // SAFETY: the exception is this one's alone; it owns its value.
+            unsafe {
+                let old = ptr::replace(&raw mut (*self.exception).value, value);
+                ffi::Py_XDECREF(old);
+            }
+        }
+
         pub fn discard(&mut self) {
             // SAFETY: null or owned.
-            unsafe { ffi::Py_XDECREF(std::mem::replace(&mut self.0, ptr::null_mut()).cast()) }
+            unsafe { ffi::Py_XDECREF(std::mem::replace(&mut self.exception, ptr::null_mut()).cast()) }
         }
 
         #[inline(always)]
         fn is_pristine(&self) -> bool {
-            let exception = self.0;
+            let exception = self.exception;
+            // Only the thread that made it can tell that there is no other reference.
+            #[cfg(Py_GIL_DISABLED)]
+            if self.maker != thread::identity() {
+                return false;
+            }
             // SAFETY: null or a StopIteration, whose fields are null or objects.  The flag is read as
             // the byte it is in C.
             unsafe {

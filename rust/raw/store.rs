@@ -29,6 +29,9 @@ pub struct Inside {
     pub closed: bool,
 }
 
+/// There is one for every request: smaller than the twin's.
+const _: () = assert!(cfg!(Py_GIL_DISABLED) || size_of::<Store>() <= 7 * size_of::<usize>());
+
 static TYPE: Immortal<ffi::PyTypeObject> = Immortal::new();
 
 static POOL: Pool<Store> = Pool::new();

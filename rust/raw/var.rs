@@ -10,7 +10,7 @@ use super::{Immortal, Outcome, Raised, Store, outcome};
 static VAR: Immortal = Immortal::new();
 
 /// Make the variable.
-pub fn install_var(py: Python<'_>) -> PyResult<()> {
+pub fn install(py: Python<'_>) -> PyResult<()> {
     // SAFETY: the name is a C string, and None the default.
     VAR.set(unsafe {
         Bound::from_owned_ptr_or_err(py, ffi::PyContextVar_New(c"ctxalchemy".as_ptr(), ffi::Py_None()))?

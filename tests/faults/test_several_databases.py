@@ -11,7 +11,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from support.apps import KINDS, Answer, Kind, build, call, client_of, http_scope
-from support.database import Database, add_note, break_commit, watched
+from support.database import Database, add_note, break_commit, checked_out, watched
 from support.faults import CommitGate, SQLiteDatabase, Witness, assert_whole, psycopg_connection
 from support.sessions import Note, maker_creator
 
@@ -186,8 +186,8 @@ async def test_a_client_is_told_of_a_partial_commit_by_no_success(
         response = await client.get("/")
     assert response.status_code == 500
     assert 201 not in witness.statuses
-    error = await witness.error()
-    assert isinstance(error, ctxalchemy.PartialCommitError)
+    error: Any = await witness.error()
+    assert type(error) is ctxalchemy.PartialCommitError
     assert (error.committed, error.failed) == ((connection,), (other,))
     await assert_whole(ctxalchemy, database, connection, other, notes=["first"])
 
@@ -285,6 +285,25 @@ async def test_databases_of_different_drivers_fail_together(
         await assert_whole(ctxalchemy, database, connection, notes=["asyncpg"])
         await database.observer.execute("DELETE FROM note")
         await assert_whole(ctxalchemy, database, psycopg, notes=[])
+
+
+@which
+async def test_commits_that_fail_leave_no_session_in_a_transaction(
+    ctxalchemy: ModuleType, database: Database, connection: Any, other: Any, third: Any, bad: tuple[int, ...]
+) -> None:
+    """At once, and not only when the context is closed."""
+    connections = (connection, other, third)
+    async with ctxalchemy.new_ctx():
+        sessions = [await ctxalchemy.db_session(each) for each in connections]
+        for number, (session, name) in enumerate(zip(sessions, NAMES, strict=True)):
+            await add_note(session, name)
+            if number in bad:
+                await break_commit(session)
+        with pytest.raises((ctxalchemy.PartialCommitError, IntegrityError)):
+            await ctxalchemy.commit_all_sessions()
+        assert not any(session.in_transaction() for session in sessions)
+        assert [await checked_out(each) for each in connections] == [0, 0, 0]
+    await assert_whole(ctxalchemy, database, *connections, notes=list(NAMES[: bad[0]]))
 
 
 # --- rolling back and closing ------------------------------------------------------------------------

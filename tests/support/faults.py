@@ -35,9 +35,11 @@ class Observed(Protocol):
 
     async def notes(self) -> list[str]:
         """The notes that are committed."""
+        ...
 
     async def settled(self) -> bool:
         """Whether nobody is in a transaction, soon."""
+        ...
 
 
 async def assert_whole(

@@ -392,7 +392,7 @@ class Soak:
         """What this request wrote that must be there, and that may be."""
         package = self._ctxalchemy
         written = {name for names in plan.attempted.values() for name in names}
-        error = plan.error
+        error: Any = plan.error
         must, may = set(plan.must), set(plan.may)
         if plan.status is not None and plan.status < 400:
             must |= written

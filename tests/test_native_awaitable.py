@@ -1,0 +1,759 @@
+"""What ``db_session()`` returns is a coroutine down to the details, and keeps its head in bad company.
+
+Both backends run these: what holds for the ``async def`` in Python has to hold for the native one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import cProfile
+import copy
+import gc
+import inspect
+import pickle
+import subprocess
+import sys
+import threading
+import types
+import typing
+import warnings
+import weakref
+from contextlib import contextmanager
+from contextvars import Context, copy_context
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Iterator
+    from types import ModuleType
+
+
+class Thing:
+    """A connection or a session, where none is needed to be one."""
+
+
+@pytest.fixture
+def key() -> Thing:
+    return Thing()
+
+
+@pytest.fixture
+def session() -> Thing:
+    return Thing()
+
+
+@pytest.fixture
+def store(ctxalchemy: ModuleType, key: Thing, session: Thing) -> Iterator[Any]:
+    """An open context with one session, current in the test."""
+    store = ctxalchemy._core.enter()
+    store.put(key, session)
+    yield store
+    store.close()
+    ctxalchemy._core.leave(store)
+
+
+def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """The result of a coroutine that does not have to wait."""
+    with pytest.raises(StopIteration) as stopped:
+        coroutine.send(None)
+    return stopped.value.value
+
+
+async def awaited(awaitable: Any) -> Any:
+    return await awaitable
+
+
+def slow(ctxalchemy: ModuleType, event: asyncio.Event) -> Any:
+    """A connection whose sessions wait for the event."""
+
+    async def handler(_connection: Any) -> None:
+        await event.wait()
+
+    return ctxalchemy.DBConnect.from_url("sqlite+aiosqlite://", before_create_session_handler=handler)
+
+
+@contextmanager
+def context(ctxalchemy: ModuleType) -> Iterator[Any]:
+    store = ctxalchemy._core.enter()
+    try:
+        yield store
+    finally:
+        store.close()
+        ctxalchemy._core.leave(store)
+
+
+# The function
+
+
+@pytest.mark.parametrize("name", ["db_session", "db_session_nowait", "init_db_session_ctx", "is_context_initiated"])
+def test_a_function_is_taken_for_a_python_function(ctxalchemy: ModuleType, name: str) -> None:
+    function = getattr(ctxalchemy, name)
+    assert isinstance(function, types.FunctionType)
+    assert inspect.isfunction(function)
+    assert inspect.getsource(function).startswith(("async def", "def"))
+    assert typing.get_type_hints(
+        function, {"DBConnect": object, "AsyncSession": object, "SessionStore": object, "Token": list}
+    )
+    assert repr(function).startswith(f"<function {name} at 0x")
+    assert pickle.loads(pickle.dumps(function)) is function
+    assert copy.copy(function) is function
+    assert weakref.ref(function)() is function
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [((), {}), ((1, 2), {}), ((), {"connection": 1}), ((1,), {"connect": 1}), ((1,), {"more": 1})],
+)
+@pytest.mark.parametrize("name", ["db_session", "db_session_nowait"])
+def test_arguments_that_do_not_fit_are_refused_in_the_words_of_python(
+    packages: dict[str, dict[str, ModuleType]], name: str, arguments: tuple[Any, ...], named: dict[str, Any]
+) -> None:
+    messages = set()
+    for modules in packages.values():
+        with pytest.raises(TypeError) as caught:
+            getattr(modules["ctxalchemy"], name)(*arguments, **named)
+        messages.add(str(caught.value))
+    assert len(messages) == 1
+    assert f"{name}() " in messages.pop()
+
+
+def test_the_connection_is_passed_by_position_or_by_name(
+    ctxalchemy: ModuleType, store: Any, key: Thing, session: Thing
+) -> None:
+    assert run(ctxalchemy.db_session(key)) is session
+    assert run(ctxalchemy.db_session(connect=key)) is session
+    assert run(ctxalchemy.db_session(*(key,), **{})) is session
+    assert ctxalchemy.db_session_nowait(connect=key) is session
+
+
+# The coroutine
+
+
+def test_it_looks_like_a_coroutine(ctxalchemy: ModuleType, store: Any, key: Thing) -> None:
+    coroutine = ctxalchemy.db_session(key)
+    assert inspect.iscoroutine(coroutine)
+    assert inspect.getcoroutinestate(coroutine) == inspect.CORO_CREATED
+    assert (coroutine.__name__, coroutine.__qualname__) == ("db_session", "db_session")
+    assert coroutine.cr_code is ctxalchemy.db_session.__code__ or coroutine.cr_code.co_name == "db_session"
+    assert repr(coroutine).startswith("<coroutine object db_session at 0x")
+    assert weakref.ref(coroutine)() is coroutine
+    run(coroutine)
+    assert inspect.getcoroutinestate(coroutine) == inspect.CORO_CLOSED
+
+
+def test_it_warns_when_it_was_never_awaited(ctxalchemy: ModuleType, key: Thing) -> None:
+    for _ in range(3):
+        with pytest.warns(RuntimeWarning, match="^coroutine 'db_session' was never awaited") as warned:
+            ctxalchemy.db_session(key)
+            gc.collect()
+        assert [each.filename for each in warned] == [__file__]
+
+
+def test_the_warning_may_be_an_error(ctxalchemy: ModuleType, key: Thing, monkeypatch: pytest.MonkeyPatch) -> None:
+    caught: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", caught.append)
+    ctxalchemy.db_session(key)
+    gc.collect()
+    [unraisable] = caught
+    assert isinstance(unraisable.exc_value, RuntimeWarning)
+
+
+def test_it_does_not_warn_when_it_was_closed(ctxalchemy: ModuleType, key: Thing) -> None:
+    coroutine = ctxalchemy.db_session(key)
+    coroutine.close()
+    coroutine.close()
+    del coroutine
+    gc.collect()
+
+
+def test_only_none_can_be_sent_first(ctxalchemy: ModuleType, store: Any, key: Thing, session: Thing) -> None:
+    coroutine = ctxalchemy.db_session(key)
+    with pytest.raises(TypeError, match="can't send non-None value to a just-started coroutine"):
+        coroutine.send(1)
+    assert run(coroutine) is session
+
+
+@pytest.mark.parametrize("how", ["send", "throw"])
+def test_it_is_over_after_its_result(ctxalchemy: ModuleType, store: Any, key: Thing, how: str) -> None:
+    coroutine = ctxalchemy.db_session(key)
+    run(coroutine)
+    with pytest.raises(RuntimeError, match="^cannot reuse already awaited coroutine$"):
+        getattr(coroutine, how)(None if how == "send" else ValueError())
+    coroutine.close()
+
+
+def test_it_is_over_after_its_error(ctxalchemy: ModuleType, key: Thing) -> None:
+    coroutine = ctxalchemy.db_session(key)
+    with pytest.raises(ctxalchemy.ContextNotInitiatedError):
+        coroutine.send(None)
+    with pytest.raises(RuntimeError, match="cannot reuse already awaited coroutine"):
+        coroutine.send(None)
+
+
+def test_what_cannot_be_thrown_changes_nothing(ctxalchemy: ModuleType, store: Any, key: Thing, session: Thing) -> None:
+    coroutine = ctxalchemy.db_session(key)
+    with pytest.raises(TypeError, match="exceptions must be classes or instances deriving from BaseException"):
+        coroutine.throw(1)
+    assert run(coroutine) is session
+
+
+@pytest.mark.parametrize("thrown", [KeyError, KeyError("thrown"), GeneratorExit, asyncio.CancelledError()])
+def test_what_is_thrown_first_comes_out(ctxalchemy: ModuleType, store: Any, key: Thing, thrown: Any) -> None:
+    coroutine = ctxalchemy.db_session(key)
+    with pytest.raises(BaseException) as caught:  # noqa: PT011 - which one is asserted below
+        coroutine.throw(thrown)
+    assert caught.value is thrown or caught.type is thrown
+    assert inspect.getcoroutinestate(coroutine) == inspect.CORO_CLOSED
+
+
+def test_the_context_of_whoever_awaits_counts(ctxalchemy: ModuleType, store: Any, key: Thing, session: Thing) -> None:
+    inside = ctxalchemy.db_session(key)
+    assert copy_context().run(run, inside) is session
+    outside = ctxalchemy.db_session(key)
+    with pytest.raises(ctxalchemy.ContextNotInitiatedError):
+        Context().run(outside.send, None)
+    coroutine = Context().run(ctxalchemy.db_session, key)
+    assert run(coroutine) is session
+
+
+def test_nothing_is_looked_up_before_the_await(ctxalchemy: ModuleType, store: Any, key: Thing) -> None:
+    coroutine = ctxalchemy.db_session(key)
+    later = Thing()
+    store.put(key, later)
+    assert run(coroutine) is later
+
+
+def test_a_result_that_is_a_tuple_or_an_exception_stays_one(ctxalchemy: ModuleType, store: Any, key: Thing) -> None:
+    for result in ((1, 2), (), ValueError("a value"), StopIteration(3), StopIteration):
+        store.put(key, result)
+        assert run(ctxalchemy.db_session(key)) is result
+        assert run(awaited(ctxalchemy.db_session(key))) is result
+        with pytest.raises(StopIteration) as stopped:
+            next(ctxalchemy.db_session(key).__await__())
+        assert stopped.value.value is result
+
+
+# While it waits
+
+
+async def test_it_waits_like_a_coroutine(ctxalchemy: ModuleType) -> None:
+    event = asyncio.Event()
+    connection = slow(ctxalchemy, event)
+    with context(ctxalchemy):
+        coroutine = ctxalchemy.db_session(connection)
+        future = coroutine.send(None)
+        assert inspect.getcoroutinestate(coroutine) == inspect.CORO_SUSPENDED
+        assert coroutine.cr_await is not None
+        assert coroutine.cr_frame is not None
+        with pytest.raises(RuntimeError, match="^coroutine is being awaited already$"):
+            await coroutine
+        event.set()
+        await asyncio.sleep(0)
+        assert future.done()
+        session = run(coroutine)
+        assert session is await ctxalchemy.db_session(connection)
+        assert coroutine.cr_await is None
+
+
+async def test_an_error_thrown_while_it_waits_comes_out_and_ends_it(ctxalchemy: ModuleType) -> None:
+    connection = slow(ctxalchemy, asyncio.Event())
+    with context(ctxalchemy) as store:
+        for thrown in (KeyError("thrown"), GeneratorExit("thrown"), asyncio.CancelledError("thrown")):
+            coroutine = ctxalchemy.db_session(connection)
+            coroutine.send(None)
+            with pytest.raises(type(thrown)) as caught:
+                coroutine.throw(thrown)
+            assert caught.value is thrown
+            with pytest.raises(RuntimeError, match="cannot reuse already awaited coroutine"):
+                coroutine.send(None)
+        assert store.get(connection) is None
+
+
+async def test_it_can_be_closed_while_it_waits(ctxalchemy: ModuleType) -> None:
+    finished = []
+
+    async def handler(_connection: Any) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            finished.append(True)
+
+    connection = ctxalchemy.DBConnect.from_url("sqlite+aiosqlite://", before_create_session_handler=handler)
+    with context(ctxalchemy):
+        coroutine = ctxalchemy.db_session(connection)
+        coroutine.send(None)
+        coroutine.close()
+        assert finished == [True]
+        dropped = ctxalchemy.db_session(connection)
+        dropped.send(None)
+        del dropped
+        gc.collect()
+        assert finished == [True, True]
+
+
+async def test_it_cannot_be_run_from_within_itself(ctxalchemy: ModuleType) -> None:
+    errors: list[str] = []
+
+    async def handler(_connection: Any) -> None:
+        for call in (lambda: coroutine.send(None), lambda: coroutine.throw(KeyError), lambda: coroutine.close()):
+            with pytest.raises(ValueError, match="^coroutine already executing$") as caught:
+                call()
+            errors.append(str(caught.value))
+        assert inspect.getcoroutinestate(coroutine) == inspect.CORO_RUNNING
+
+    connection = ctxalchemy.DBConnect.from_url("sqlite+aiosqlite://", before_create_session_handler=handler)
+    with context(ctxalchemy):
+        coroutine = ctxalchemy.db_session(connection)
+        session = run(coroutine)
+        assert len(errors) == 3
+        await session.close()
+
+
+async def test_a_cycle_through_one_that_waits_is_collected(ctxalchemy: ModuleType) -> None:
+    connection = slow(ctxalchemy, asyncio.Event())
+    with context(ctxalchemy):
+        coroutine = ctxalchemy.db_session(connection)
+        coroutine.send(None)
+        connection.waited_for_by = coroutine
+        gone = weakref.ref(connection)
+        del connection, coroutine
+    await asyncio.sleep(0)
+    gc.collect()
+    assert gone() is None
+
+
+# Those who look on
+
+
+def test_driven_by_hand_each_stop_iteration_is_its_own(
+    ctxalchemy: ModuleType, store: Any, key: Thing, session: Thing
+) -> None:
+    kept = []
+    for _ in range(4):
+        with pytest.raises(StopIteration) as stopped:
+            next(ctxalchemy.db_session(key).__await__())
+        assert stopped.value.value is session
+        assert stopped.value.__context__ is None
+        assert not hasattr(stopped.value, "__notes__")
+        stopped.value.value = "changed"
+        stopped.value.add_note("changed")
+        kept.append(stopped.value)
+    assert len(set(map(id, kept))) == 4
+    del stopped
+    kept.clear()
+    assert run(awaited(ctxalchemy.db_session(key))) is session
+
+
+def test_traces_of_one_await_do_not_pile_up_in_the_next(ctxalchemy: ModuleType, store: Any, key: Thing) -> None:
+    def depth() -> int:
+        iterator = ctxalchemy.db_session(key).__await__()
+        try:
+            next(iterator)
+        except StopIteration as stopped:
+            assert stopped.__context__ is None
+            assert stopped.__cause__ is None
+            return len(list(_tracebacks(stopped)))
+        raise AssertionError
+
+    assert len({depth() for _ in range(20)}) == 1
+
+
+def _tracebacks(error: BaseException) -> Iterator[types.TracebackType]:
+    traceback = error.__traceback__
+    while traceback is not None:
+        yield traceback
+        traceback = traceback.tb_next
+
+
+def _with_settrace(function: Callable[[], Any]) -> None:
+    kept = []
+
+    def trace(_frame: Any, event: str, argument: Any) -> Any:
+        if event == "exception":
+            kept.append(argument)
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        function()
+    finally:
+        sys.settrace(before)
+    assert len({id(each[1]) for each in kept}) == len(kept)
+
+
+def _with_monitoring(function: Callable[[], Any]) -> None:
+    monitoring = getattr(sys, "monitoring", None)
+    if monitoring is None:
+        pytest.skip("new in 3.12")
+    kept: list[Any] = []
+    events = monitoring.events.RAISE | monitoring.events.STOP_ITERATION
+    monitoring.use_tool_id(4, "test")
+    try:
+        for event in (monitoring.events.RAISE, monitoring.events.STOP_ITERATION):
+            monitoring.register_callback(4, event, lambda _code, _offset, error: kept.append(error))
+        monitoring.set_events(4, events)
+        function()
+        monitoring.set_events(4, 0)
+    finally:
+        monitoring.free_tool_id(4)
+    assert len(set(map(id, kept))) == len(kept)
+
+
+def _with_profiler(function: Callable[[], Any]) -> None:
+    profiler = cProfile.Profile()
+    try:
+        profiler.enable()
+    except ValueError:
+        pytest.skip("another profiler is active")
+    try:
+        function()
+    finally:
+        profiler.disable()
+
+
+@pytest.mark.parametrize("watched", [_with_settrace, _with_monitoring, _with_profiler])
+def test_it_works_while_it_is_watched(
+    ctxalchemy: ModuleType, store: Any, key: Thing, session: Thing, watched: Callable[[Callable[[], Any]], None]
+) -> None:
+    async def several() -> list[Any]:
+        return [await ctxalchemy.db_session(key) for _ in range(5)]
+
+    found: list[Any] = []
+    watched(lambda: found.extend(run(several())))
+    assert found == [session] * 5
+    assert run(several()) == [session] * 5
+
+
+def test_a_generator_can_yield_from_it(ctxalchemy: ModuleType, store: Any, key: Thing, session: Thing) -> None:
+    @types.coroutine
+    def generator() -> Any:
+        return (yield from ctxalchemy.db_session(key))
+
+    assert run(awaited(generator())) is session
+
+
+# The memory
+
+
+def test_an_await_keeps_no_session_alive(ctxalchemy: ModuleType, key: Thing) -> None:
+    with context(ctxalchemy) as store:
+        session = Thing()
+        store.put(key, session)
+        for _ in range(3):
+            assert run(awaited(ctxalchemy.db_session(key))) is session
+            assert run(ctxalchemy.db_session(key)) is session
+        gone = weakref.ref(session)
+        store.pop(key)
+        del session
+        gc.collect()
+        assert gone() is None
+
+
+def test_a_context_that_was_left_is_freed_without_the_collector(ctxalchemy: ModuleType, key: Thing) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        with context(ctxalchemy) as store:
+            store.put(key, Thing())
+            run(awaited(ctxalchemy.db_session(key)))
+            gone = weakref.ref(store)
+            del store
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_a_context_that_was_never_left_is_collected(ctxalchemy: ModuleType, key: Thing) -> None:
+    def enter() -> weakref.ref[Any]:
+        store = ctxalchemy._core.enter()
+        store.put(key, store)
+        return weakref.ref(store)
+
+    gone = Context().run(enter)
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_long_chain_of_contexts_that_were_never_left_is_freed(ctxalchemy: ModuleType) -> None:
+    def nest() -> None:
+        for _ in range(100_000 if ctxalchemy.BACKEND == "native" else 1000):
+            ctxalchemy._core.enter()
+
+    Context().run(nest)
+    gc.collect()
+
+
+def test_a_session_that_goes_may_use_its_context(ctxalchemy: ModuleType, key: Thing) -> None:
+    gone = []
+
+    class Restless:
+        def __del__(self) -> None:
+            gone.append(len(store.items()))
+            store.put(key, Thing())
+            store.pop(other)
+            run(ctxalchemy.db_session(key))
+
+    other = Thing()
+    store = ctxalchemy._core.enter()
+    for _ in range(50):
+        for connection in (key, other, Thing(), Thing()):
+            store.put(connection, Restless())
+        store.put(key, Restless())
+        store.pop(key)
+        store.clear()
+        gc.collect()
+    assert len(gone) == 250
+    store.clear()
+    ctxalchemy._core.leave(store)
+
+
+def test_many_at_once_keep_their_connections_apart(ctxalchemy: ModuleType) -> None:
+    keys = [Thing() for _ in range(100)]
+    with context(ctxalchemy) as store:
+        for key in keys:
+            store.put(key, [key])
+        for _ in range(3):
+            coroutines = [ctxalchemy.db_session(key) for key in keys]
+            assert [run(each) for each in coroutines] == [[key] for key in keys]
+
+
+def test_neither_can_be_made_or_derived_behind_its_back(ctxalchemy: ModuleType, key: Thing) -> None:
+    coroutine = ctxalchemy.db_session(key)
+    coroutine.close()
+    for make in (
+        lambda: type(coroutine)(),
+        lambda: object.__new__(type(coroutine)),
+        lambda: type(coroutine).__new__(type(coroutine)),
+        lambda: type("Derived", (type(coroutine),), {}),
+        lambda: copy.copy(coroutine),
+        lambda: pickle.dumps(coroutine),
+    ):
+        with pytest.raises(TypeError):
+            make()
+
+
+def test_a_value_that_is_no_context_is_none(ctxalchemy: ModuleType, store: Any, key: Thing) -> None:
+    if ctxalchemy.BACKEND == "python":
+        pytest.skip("Python finds out by itself")
+    variable = store.token.var
+    token = variable.set("something else")
+    with pytest.raises(ctxalchemy.ContextNotInitiatedError):
+        run(ctxalchemy.db_session(key))
+    with pytest.raises(ctxalchemy.ContextNotInitiatedError):
+        ctxalchemy.db_session_nowait(key)
+    assert not ctxalchemy.is_context_initiated()
+    with pytest.raises(TypeError, match="expected a SessionStore"):
+        type(store).get("something else", key)
+    variable.reset(token)
+
+
+# Threads
+
+
+def test_threads_share_a_context(ctxalchemy: ModuleType, store: Any, key: Thing) -> None:
+    others = [Thing() for _ in range(5)]
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for turn in range(500):
+                other = others[turn % len(others)]
+                store.put(other, [other])
+                assert run(awaited(ctxalchemy.db_session(key))) is not None
+                found = store.get(other)
+                assert found is None or found == [other]
+                assert all(value == [connection] for connection, value in store.items() if connection is not key)
+                if turn % 7 == 0:
+                    store.pop(other)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=copy_context().run, args=(work,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+
+
+def test_of_threads_that_await_the_same_one_only_one_does(ctxalchemy: ModuleType, store: Any, key: Thing) -> None:
+    for _ in range(50):
+        coroutine = ctxalchemy.db_session(key)
+        barrier = threading.Barrier(4)
+        found: list[Any] = []
+
+        def work(coroutine: Any = coroutine, barrier: threading.Barrier = barrier, found: list[Any] = found) -> None:
+            barrier.wait()
+            try:
+                coroutine.send(None)
+            except (StopIteration, RuntimeError, ValueError) as error:
+                found.append(type(error))
+
+        threads = [threading.Thread(target=copy_context().run, args=(work,)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(found) == 4
+        assert found.count(StopIteration) == 1
+
+
+# Loops
+
+
+async def _eager(ctxalchemy: ModuleType, connection: Any) -> Any:
+    factory = getattr(asyncio, "eager_task_factory", None)
+    if factory is None:
+        pytest.skip("new in 3.12")
+    asyncio.get_running_loop().set_task_factory(factory)
+    return await _tasks(ctxalchemy, connection)
+
+
+async def _debug(ctxalchemy: ModuleType, connection: Any) -> Any:
+    asyncio.get_running_loop().set_debug(True)
+    return await _tasks(ctxalchemy, connection)
+
+
+async def _tasks(ctxalchemy: ModuleType, connection: Any) -> Any:
+    task = asyncio.create_task(ctxalchemy.db_session(connection))
+    assert task.done() or "coro=<db_session()" in repr(task)
+    found = [await task, *await asyncio.gather(*(ctxalchemy.db_session(connection) for _ in range(10)))]
+    async with asyncio.timeout(1):
+        found.append(await ctxalchemy.db_session(connection))
+    task = asyncio.create_task(ctxalchemy.db_session(connection))
+    if not task.done():
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    return found
+
+
+@pytest.mark.parametrize("kind", [_tasks, _eager, _debug])
+@pytest.mark.parametrize("handler", [False, True])
+def test_it_runs_in_tasks_of_every_kind(ctxalchemy: ModuleType, kind: Any, handler: bool) -> None:
+    async def wait(_connection: Any) -> None:
+        await asyncio.sleep(0)
+
+    async def main() -> None:
+        options = {"before_create_session_handler": wait} if handler else {}
+        connection = ctxalchemy.DBConnect.from_url("sqlite+aiosqlite://", **options)
+        with context(ctxalchemy):
+            found = await kind(ctxalchemy, connection)
+            assert len(set(map(id, found))) == 1
+
+    asyncio.run(main())
+
+
+def test_it_runs_on_uvloop(ctxalchemy: ModuleType) -> None:
+    uvloop = pytest.importorskip("uvloop")
+
+    async def main() -> None:
+        connection = ctxalchemy.DBConnect.from_url("sqlite+aiosqlite://")
+        with context(ctxalchemy):
+            assert len(set(map(id, await _tasks(ctxalchemy, connection)))) == 1
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main())
+
+
+async def test_a_stack_of_a_task_that_waits_can_be_printed(ctxalchemy: ModuleType) -> None:
+    event = asyncio.Event()
+    connection = slow(ctxalchemy, event)
+    with context(ctxalchemy):
+        task = asyncio.create_task(ctxalchemy.db_session(connection))
+        await asyncio.sleep(0)
+        assert task.get_stack()
+        task.print_stack()
+        event.set()
+        await task
+
+
+# The module
+
+_LEAKS = """
+import gc, os, sys
+import ctxalchemy._core as core
+assert core.BACKEND == sys.argv[1]
+
+class Thing:
+    pass
+
+async def use(key):
+    store = core.enter()
+    for each in (key, Thing(), Thing()):
+        store.put(each, Thing())
+    session = await core.db_session(key)
+    assert session is core.db_session_nowait(key)
+    core.db_session(key).close()
+    assert len(store.items()) == 3
+    store.close()
+    core.leave(store)
+    try:
+        await core.db_session(key)
+    except RuntimeError:
+        pass
+
+def blocks(times):
+    key = Thing()
+    for _ in range(times):
+        try:
+            use(key).send(None)
+        except StopIteration:
+            pass
+    gc.collect()
+    return sys.getallocatedblocks()
+
+blocks(1000)
+before = blocks(1000)
+after = blocks(20000)
+assert after - before < 100, (before, after)
+"""
+
+
+@pytest.mark.parametrize("backend", ["native", "python"])
+def test_use_leaks_nothing(backend: str) -> None:
+    _in_a_process_of_its_own(backend, _LEAKS)
+
+
+_SUBINTERPRETER = """
+import sys
+import ctxalchemy._native
+try:
+    import _interpreters as interpreters
+except ImportError:
+    import _xxsubinterpreters as interpreters
+code = '''
+import importlib.machinery, importlib.util, sys
+loader = importlib.machinery.ExtensionFileLoader("ctxalchemy._native", %r)
+spec = importlib.util.spec_from_loader("ctxalchemy._native", loader)
+try:
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+except ImportError:
+    pass
+else:
+    raise SystemError("imported")
+''' % ctxalchemy._native.__file__
+for kind in ({"isolated": True}, {"isolated": False}) if sys.version_info < (3, 13) else ({"reqrefs": False},):
+    interpreter = interpreters.create(**kind)
+    failure = interpreters.run_string(interpreter, code)
+    assert failure is None, failure
+"""
+
+
+def test_another_interpreter_is_told_that_it_cannot_import_it() -> None:
+    _in_a_process_of_its_own("native", _SUBINTERPRETER)
+
+
+def _in_a_process_of_its_own(backend: str, code: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        paths = [path for path in sys.path if path]
+        prologue = f"import sys; sys.path[:0] = {paths!r}\nimport os; os.environ['CTXALCHEMY_BACKEND'] = {backend!r}\n"
+        options = [f"-X{name}={value}" for name, value in sys._xoptions.items() if name == "gil"]
+        done = subprocess.run(
+            [sys.executable, *options, "-c", prologue + code, backend], capture_output=True, text=True, check=False
+        )
+    assert done.returncode == 0, done.stderr
