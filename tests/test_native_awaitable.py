@@ -6,8 +6,8 @@ Both backends run these: what holds for the ``async def`` in Python has to hold 
 from __future__ import annotations
 
 import asyncio
-import cProfile
 import copy
+import cProfile
 import gc
 import inspect
 import pickle
@@ -123,7 +123,7 @@ def test_the_connection_is_passed_by_position_or_by_name(
 ) -> None:
     assert run(ctxalchemy.db_session(key)) is session
     assert run(ctxalchemy.db_session(connect=key)) is session
-    assert run(ctxalchemy.db_session(*(key,), **{})) is session
+    assert run(ctxalchemy.db_session(*(key,))) is session
     assert ctxalchemy.db_session_nowait(connect=key) is session
 
 
