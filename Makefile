@@ -11,7 +11,7 @@ export PATH := $(PATH):$(or $(CARGO_HOME),$(HOME)/.cargo)/bin
 SET_UP := $(PYTHON) scripts/environment.py
 POSTGRES := $(VENV_PYTHON) scripts/postgres.py --
 EXTENSIONS := python/ctxalchemy/_native*.so python/ctxalchemy/_native*.pyd
-LINTERS := ruff-check ruff-format mypy pyright rustfmt clippy cargo-test
+LINTERS := ruff-check ruff-format mypy pyright stubtest verifytypes rustfmt clippy cargo-test
 
 .DEFAULT_GOAL := help
 .PHONY: help test wheels lint format demo serve soak bench bench-gate bench-gate-update clean $(LINTERS)
@@ -80,6 +80,14 @@ mypy:
 
 pyright:
 	$(VENV_PYTHON) -m pyright --pythonpath $(VENV_PYTHON)
+
+# The stub of the native module, against the module as it was built.
+stubtest:
+	$(VENV_PYTHON) -m mypy.stubtest ctxalchemy._native
+
+# Everything public has a type that is written down.  It looks for the package of the `python` on PATH.
+verifytypes:
+	PATH="$(CURDIR)/.venv/bin:$$PATH" python -m pyright --ignoreexternal --verifytypes ctxalchemy
 
 rustfmt:
 	cargo fmt --all --check
