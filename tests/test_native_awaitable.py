@@ -124,6 +124,7 @@ def test_the_connection_is_passed_by_position_or_by_name(
     assert run(ctxalchemy.db_session(key)) is session
     assert run(ctxalchemy.db_session(connect=key)) is session
     assert run(ctxalchemy.db_session(*(key,))) is session
+    assert run(ctxalchemy.db_session(connect=key)) is session
     assert ctxalchemy.db_session_nowait(connect=key) is session
 
 
@@ -144,17 +145,17 @@ def test_it_looks_like_a_coroutine(ctxalchemy: ModuleType, store: Any, key: Thin
 
 def test_it_warns_when_it_was_never_awaited(ctxalchemy: ModuleType, key: Thing) -> None:
     for _ in range(3):
-        with pytest.warns(RuntimeWarning, match="^coroutine 'db_session' was never awaited") as warned:
+        with pytest.warns(RuntimeWarning, match="coroutine 'db_session' was never awaited") as warned:
             ctxalchemy.db_session(key)
-            gc.collect()
         assert [each.filename for each in warned] == [__file__]
 
 
 def test_the_warning_may_be_an_error(ctxalchemy: ModuleType, key: Thing, monkeypatch: pytest.MonkeyPatch) -> None:
     caught: list[Any] = []
     monkeypatch.setattr(sys, "unraisablehook", caught.append)
-    ctxalchemy.db_session(key)
-    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ctxalchemy.db_session(key)
     [unraisable] = caught
     assert isinstance(unraisable.exc_value, RuntimeWarning)
 
@@ -178,7 +179,7 @@ def test_only_none_can_be_sent_first(ctxalchemy: ModuleType, store: Any, key: Th
 def test_it_is_over_after_its_result(ctxalchemy: ModuleType, store: Any, key: Thing, how: str) -> None:
     coroutine = ctxalchemy.db_session(key)
     run(coroutine)
-    with pytest.raises(RuntimeError, match="^cannot reuse already awaited coroutine$"):
+    with pytest.raises(RuntimeError, match="cannot reuse already awaited coroutine"):
         getattr(coroutine, how)(None if how == "send" else ValueError())
     coroutine.close()
 
@@ -246,7 +247,7 @@ async def test_it_waits_like_a_coroutine(ctxalchemy: ModuleType) -> None:
         assert inspect.getcoroutinestate(coroutine) == inspect.CORO_SUSPENDED
         assert coroutine.cr_await is not None
         assert coroutine.cr_frame is not None
-        with pytest.raises(RuntimeError, match="^coroutine is being awaited already$"):
+        with pytest.raises(RuntimeError, match="coroutine is being awaited already"):
             await coroutine
         event.set()
         await asyncio.sleep(0)
@@ -296,8 +297,13 @@ async def test_it_cannot_be_run_from_within_itself(ctxalchemy: ModuleType) -> No
     errors: list[str] = []
 
     async def handler(_connection: Any) -> None:
-        for call in (lambda: coroutine.send(None), lambda: coroutine.throw(KeyError), lambda: coroutine.close()):
-            with pytest.raises(ValueError, match="^coroutine already executing$") as caught:
+        calls: list[Callable[[], Any]] = [
+            lambda: coroutine.send(None),
+            lambda: coroutine.throw(KeyError),
+            lambda: coroutine.close(),
+        ]
+        for call in calls:
+            with pytest.raises(ValueError, match="coroutine already executing") as caught:
                 call()
             errors.append(str(caught.value))
         assert inspect.getcoroutinestate(coroutine) == inspect.CORO_RUNNING
@@ -347,14 +353,11 @@ def test_driven_by_hand_each_stop_iteration_is_its_own(
 
 def test_traces_of_one_await_do_not_pile_up_in_the_next(ctxalchemy: ModuleType, store: Any, key: Thing) -> None:
     def depth() -> int:
-        iterator = ctxalchemy.db_session(key).__await__()
-        try:
-            next(iterator)
-        except StopIteration as stopped:
-            assert stopped.__context__ is None
-            assert stopped.__cause__ is None
-            return len(list(_tracebacks(stopped)))
-        raise AssertionError
+        with pytest.raises(StopIteration) as stopped:
+            next(ctxalchemy.db_session(key).__await__())
+        assert stopped.value.__context__ is None
+        assert stopped.value.__cause__ is None
+        return len(list(_tracebacks(stopped.value)))
 
     assert len({depth() for _ in range(20)}) == 1
 
@@ -525,7 +528,6 @@ def test_neither_can_be_made_or_derived_behind_its_back(ctxalchemy: ModuleType, 
     for make in (
         lambda: type(coroutine)(),
         lambda: object.__new__(type(coroutine)),
-        lambda: type(coroutine).__new__(type(coroutine)),
         lambda: type("Derived", (type(coroutine),), {}),
         lambda: copy.copy(coroutine),
         lambda: pickle.dumps(coroutine),

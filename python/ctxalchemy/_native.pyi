@@ -1,5 +1,4 @@
-"""The native backend: the same names as in ``_pure``, which says what they do."""
-
+# The same names as in _pure.py, which says what they do.
 from contextvars import Token
 from typing import final
 

@@ -11,12 +11,13 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from sqlalchemy import event
-from sqlalchemy.exc import IllegalStateChangeError, InvalidRequestError
+from sqlalchemy.exc import DBAPIError, IllegalStateChangeError, InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from sqlalchemy.orm.session import _SessionCloseState
 from sqlalchemy.util import greenlet_spawn
 
+from ._cutting import cut, is_busy
 from ._errors import PartialCommitError, closed_context
 from ._finishing import add_note, finish
 from ._lost import pool_entry, raise_if_lost
@@ -197,6 +198,8 @@ async def commit_session(session: AsyncSession) -> None:
             await greenlet_spawn(_check_connections, session.sync_session)
         await session.commit()
     except BaseException as error:
+        if isinstance(session, AsyncSession) and _is_concurrent(error) and _is_abandoned(session.sync_session):
+            return
         await _invalidate_after(error, session)
         raise
 
@@ -210,10 +213,14 @@ async def rollback_session(session: AsyncSession) -> None:
     try:
         await session.rollback()
     except BaseException as error:
+        if isinstance(session, AsyncSession) and _is_concurrent(error):
+            _abandon(session.sync_session)
+            return
         await _invalidate_after(error, session)
         if isinstance(error, Exception):
             await finish(greenlet_spawn(_give_up, held))
-        raise
+        if not _was_busy(error):
+            raise
 
 
 async def close_session(session: AsyncSession) -> None:
@@ -230,6 +237,9 @@ async def close_session(session: AsyncSession) -> None:
         finally:
             await session.close()
     except BaseException as error:
+        if isinstance(session, AsyncSession) and _is_concurrent(error):
+            _abandon(session.sync_session)
+            return
         await _invalidate_after(error, session)
         raise
     finally:
@@ -314,7 +324,9 @@ def _commit(session: Session) -> None:
     try:
         _check_connections(session)
         session.commit()
-    except BaseException:
+    except BaseException as error:
+        if _is_concurrent(error) and _is_abandoned(session):
+            return  # There was nothing to commit: another task is still waiting for its connection.
         _invalidate(session)
         raise
 
@@ -323,11 +335,13 @@ def _rollback(session: Session) -> None:
     held = _cut_busy(session)
     try:
         session.rollback()
-    except IllegalStateChangeError:
-        _abandon(session)
-    except BaseException:
+    except BaseException as error:
+        if _is_concurrent(error):
+            _abandon(session)
+            return
         _give_up(held)
-        raise
+        if not _was_busy(error):
+            raise
 
 
 def _rollback_and_close(session: Session) -> None:
@@ -352,8 +366,8 @@ def _cut_busy(session: Session) -> list[_Held]:
     for connection in _own_connections(session):
         if connection.invalidated:
             continue
-        if _is_busy(connection):
-            connection.invalidate()
+        if is_busy(connection):
+            cut(connection)
         else:
             held.append((connection.dialect, pool_entry(connection), connection.connection.dbapi_connection))
     return held
@@ -373,7 +387,7 @@ def _invalidate(session: Session) -> None:
     failures: list[BaseException] = []
     for connection in _own_connections(session):
         try:
-            connection.invalidate()
+            cut(connection)
         except BaseException as error:
             failures.append(error)
     try:
@@ -398,7 +412,7 @@ def _check_connections(session: Session) -> None:
     for connection in _own_connections(session):
         if connection.invalidated:
             continue  # The commit finds this out.
-        if _is_busy(connection):
+        if is_busy(connection):
             raise InvalidRequestError(
                 "this session cannot be committed: another task is in the middle of a statement on it; await "
                 "that task first, or give it a context of its own with run_in_new_ctx()"
@@ -406,20 +420,24 @@ def _check_connections(session: Session) -> None:
         raise_if_lost(connection)
 
 
-def _is_busy(connection: Connection) -> bool:
-    """Whether a task is in the middle of a statement, or in line for one.
+def _is_concurrent(error: BaseException) -> bool:
+    """Whether SQLAlchemy says that another task is just getting a connection for the session, or settling it."""
+    return isinstance(error, InvalidRequestError) and error.code == "isce"
 
-    Drivers need not notice: before the BEGIN of a transaction is through, asyncpg has nothing to commit,
-    and would let the connection go while the statement behind it goes on.  SQLAlchemy's adapters hold
-    this lock from before the BEGIN to the end of the statement.
-    """
-    lock = getattr(connection.connection.dbapi_connection, "_execute_mutex", None)
-    return lock is not None and (lock.locked() or bool(lock._waiters))
+
+def _was_busy(error: BaseException) -> bool:
+    """Whether asyncpg says that another task is in the middle of fetching from a server-side cursor."""
+    return isinstance(error, DBAPIError) and "another operation is in progress" in str(error.orig)
+
+
+def _is_abandoned(session: Session) -> bool:
+    return event.contains(session, "after_begin", _cut)
 
 
 def _abandon(session: Session) -> None:
     """Give up a session for which another task is just getting a connection: it is cut when it comes."""
-    event.listen(session, "after_begin", _cut)
+    if not _is_abandoned(session):
+        event.listen(session, "after_begin", _cut)
 
 
 def _cut(_session: Session, _transaction: SessionTransaction, connection: Connection) -> None:

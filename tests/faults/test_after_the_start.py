@@ -221,6 +221,7 @@ async def test_a_background_task_that_is_cancelled_loses_its_own_writes_only(
             return
         assert await checked_out(driven) == 0
     # The server only looks for the client when its COMMIT is through, which stands then.
+    assert await database.settled()
     await assert_whole(ctxalchemy, database, driven, notes=["promised", *(await database.notes())[1:]])
 
 

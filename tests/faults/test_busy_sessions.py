@@ -568,6 +568,7 @@ async def test_a_task_has_come_this_far_when_the_request_ends(
     busy = Busy(ctxalchemy, connection, start, end)
     (outcome,) = await busy()
     error = await busy.witness.error()
+    assert await database.settled()
     if end == "200" and error is None:
         assert busy.witness.statuses == [200]
         assert await database.notes() == [] or outcome is None

@@ -5,17 +5,28 @@ The seed is printed; ``SOAK_SEED`` replays it.  ``tests/soak.py`` does the same 
 
 from __future__ import annotations
 
+import logging
 import os
 from random import SystemRandom
 from time import monotonic
 from typing import TYPE_CHECKING
 
+import pytest
 from support.soak import Soak
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from types import ModuleType
 
 SECONDS = 6.0
+
+
+@pytest.fixture(autouse=True)
+def no_log() -> Iterator[None]:
+    """What is logged, pytest keeps, with the tracebacks and all that these keep alive."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
 
 
 async def test_after_random_faults_the_ledger_balances(ctxalchemy: ModuleType, postgres_url: str) -> None:

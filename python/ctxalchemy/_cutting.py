@@ -1,0 +1,61 @@
+"""Give up a database connection on which a task may be in the middle of a statement."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy.util import await_only
+from sqlalchemy.util.concurrency import in_greenlet
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
+
+PATIENCE = 2.0
+"""Seconds for the server to end the statement; as long as SQLAlchemy gives asyncpg to close."""
+
+
+def is_busy(connection: Connection) -> bool:
+    """Whether a task is in the middle of a statement, or in line for one.
+
+    Drivers need not notice: before the BEGIN of a transaction is through, asyncpg has nothing to commit,
+    and would let the connection go while the statement behind it goes on.  SQLAlchemy's adapters hold
+    a lock from before the BEGIN to the end of the statement, except that for psycopg, which has its own.
+    """
+    proxied = connection.connection
+    lock = getattr(proxied.dbapi_connection, "_execute_mutex", None)
+    return _is_taken(lock) or _is_taken(getattr(proxied.driver_connection, "lock", None))
+
+
+def _is_taken(lock: Any) -> bool:
+    return isinstance(lock, asyncio.Lock) and (lock.locked() or bool(lock._waiters))
+
+
+def cut(connection: Connection) -> None:
+    """Give the connection up, and end the statement on it."""
+    if not connection.invalidated and is_busy(connection) and in_greenlet():
+        # asyncpg ends it itself when it closes.
+        driver_connection: Any = connection.connection.driver_connection
+        # Where this fails, what follows ends it less gently.
+        with suppress(Exception):
+            if hasattr(driver_connection, "cancel_safe"):
+                await_only(_end_psycopg(driver_connection))
+            elif hasattr(driver_connection, "interrupt"):
+                await_only(_end_aiosqlite(driver_connection))
+    # Its user may have closed it meanwhile.
+    if not connection.closed:
+        connection.invalidate()
+
+
+async def _end_psycopg(connection: Any) -> None:
+    # Closing it under a statement would leave the task waiting, and the server at work.
+    await connection.cancel_safe(timeout=PATIENCE)
+    async with asyncio.timeout(PATIENCE), connection.lock:
+        pass
+
+
+async def _end_aiosqlite(connection: Any) -> None:
+    # SQLite keeps a closed database open, and locked, until the last statement on it is done with.
+    await connection.interrupt()
+    await connection.rollback()
