@@ -14,7 +14,7 @@ EXTENSIONS := python/ctxalchemy/_native*.so python/ctxalchemy/_native*.pyd
 LINTERS := ruff-check ruff-format mypy pyright stubtest verifytypes rustfmt clippy cargo-test
 
 .DEFAULT_GOAL := help
-.PHONY: help test wheels lint format demo serve soak bench bench-gate bench-gate-update clean $(LINTERS)
+.PHONY: help test test-all wheels lint format demo serve soak bench bench-gate bench-gate-update clean $(LINTERS)
 
 help:  ## List the targets.
 	@echo 'PYTHON=python3.13 picks the interpreter, wherever the default python3 is not the one to use.'
@@ -27,6 +27,10 @@ test:  ## Run the tests on both backends, with a throw-away PostgreSQL.  ARGS="-
 lint:  ## Run all linters and type checkers, on the Python and the Rust.
 	@$(SET_UP) --need-native test lint
 	@$(MAKE) --no-print-directory --keep-going $(LINTERS)
+
+test-all:  ## Run the tests with every Python at hand, on SQLAlchemy 2.0 and 2.1, and print a table.
+	@$(SET_UP) --need-native test
+	@$(POSTGRES) $(VENV_PYTHON) scripts/test_all.py $(ARGS)
 
 wheels:  ## Build the sdist and all wheels for the interpreters at hand, in dist, and check them.
 	@$(SET_UP) wheels
