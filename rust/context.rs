@@ -13,6 +13,7 @@ use crate::store;
 pub struct Current;
 impl Body<0> for Current {
     const PARAMETERS: [&'static CStr; 0] = [];
+    const GUARDED: bool = false;
 
     fn call<'py>(py: Python<'py>, []: [Argument<'_, 'py>; 0]) -> Outcome<'py> {
         raw::current(py)
@@ -23,6 +24,7 @@ pub struct Enter;
 impl Body<1> for Enter {
     const PARAMETERS: [&'static CStr; 1] = [c"manual"];
     const REQUIRED: usize = 0;
+    const GUARDED: bool = false;
 
     fn call<'py>(py: Python<'py>, [manual]: [Argument<'_, 'py>; 1]) -> Outcome<'py> {
         Ok(enter(py, manual.is_truthy()?)?.0.into_any())
@@ -42,6 +44,7 @@ fn enter(py: Python<'_>, manual: bool) -> Result<(Bound<'_, Store>, Bound<'_, Py
 pub struct Leave;
 impl Body<1> for Leave {
     const PARAMETERS: [&'static CStr; 1] = [c"store"];
+    const GUARDED: bool = false;
 
     fn call<'py>(py: Python<'py>, [store]: [Argument<'_, 'py>; 1]) -> Outcome<'py> {
         let store = store::expect(&store)?;
@@ -71,6 +74,7 @@ impl Body<1> for Init {
 pub struct IsInitiated;
 impl Body<0> for IsInitiated {
     const PARAMETERS: [&'static CStr; 0] = [];
+    const GUARDED: bool = false;
 
     fn call<'py>(py: Python<'py>, []: [Argument<'_, 'py>; 0]) -> Outcome<'py> {
         Ok(PyBool::new(py, is_initiated(py)?).to_owned().into_any())

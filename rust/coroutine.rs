@@ -153,6 +153,17 @@ pub fn is_suspended<'py>(py: Python<'py>, coroutine: &Coroutine) -> PyResult<Bou
     (coroutine.state() == State::Suspended).into_bound_py_any(py)
 }
 
+/// `cr_state`, which `inspect` looks at from 3.15 on.
+pub fn state<'py>(py: Python<'py>, coroutine: &Coroutine) -> PyResult<Bound<'py, PyAny>> {
+    let state = match coroutine.state() {
+        State::New => intern!(py, "CORO_CREATED"),
+        State::Running => intern!(py, "CORO_RUNNING"),
+        State::Suspended => intern!(py, "CORO_SUSPENDED"),
+        State::Done => intern!(py, "CORO_CLOSED"),
+    };
+    Ok(state.clone().into_any())
+}
+
 pub fn awaited<'py>(py: Python<'py>, coroutine: &Coroutine) -> PyResult<Bound<'py, PyAny>> {
     let suspended = coroutine.state() == State::Suspended;
     suspended.then(|| coroutine.inner(py)).flatten().into_bound_py_any(py)

@@ -5,7 +5,7 @@ use std::ffi::CStr;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 
-use crate::raw::{self, Argument, Body, Coroutine, Outcome, Raised, Store};
+use crate::raw::{self, Argument, Body, Coroutine, Outcome, Raised, Store, caught};
 use crate::{errors, store};
 
 /// What makes a session where there is none yet, in Python.
@@ -30,6 +30,7 @@ pub fn install(py: Python<'_>) -> PyResult<()> {
 pub struct DbSession;
 impl Body<1> for DbSession {
     const PARAMETERS: [&'static CStr; 1] = [c"connect"];
+    const GUARDED: bool = false;
 
     #[inline(always)]
     fn call<'py>(_: Python<'py>, [connect]: [Argument<'_, 'py>; 1]) -> Outcome<'py> {
@@ -40,12 +41,13 @@ impl Body<1> for DbSession {
 pub struct DbSessionNowait;
 impl Body<1> for DbSessionNowait {
     const PARAMETERS: [&'static CStr; 1] = [c"connect"];
+    const GUARDED: bool = false;
 
     #[inline(always)]
     fn call<'py>(py: Python<'py>, [connect]: [Argument<'_, 'py>; 1]) -> Outcome<'py> {
         match find(py, connect)? {
             Found::Session(session) => Ok(session),
-            Found::NotYetIn(store) => Ok(first_session(py)?.nowait.bind(py).call1((store, connect))?),
+            Found::NotYetIn(store) => caught(|| Ok(first_session(py)?.nowait.bind(py).call1((store, connect))?)),
         }
     }
 }

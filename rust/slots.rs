@@ -46,7 +46,10 @@ impl<T> Slots<T> {
     /// The value of the key that `same` knows.
     #[inline(always)]
     pub fn get(&self, same: impl Fn(&T) -> bool) -> Option<&T> {
-        self.as_slice().iter().find(|(key, _)| same(key)).map(|(_, value)| value)
+        match self {
+            Self::One((key, value)) => same(key).then_some(value),
+            Self::Other(pairs) => pairs.as_ref()?.iter().find(|(key, _)| same(key)).map(|(_, value)| value),
+        }
     }
 
     /// Set the value of `key`, in its place if it has one, else at the end.  Returns the pair that was there.

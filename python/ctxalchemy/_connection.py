@@ -246,7 +246,6 @@ class _Engine:
 
     async def end(self) -> None:
         """Close every connection, those in flight too."""
-        event.listen(self.engine.sync_engine, "commit", _lost.raise_if_ended)
         for entry in list(self._entries):
             await greenlet_spawn(entry.invalidate)
 

@@ -15,12 +15,22 @@ if TYPE_CHECKING:
     from sqlalchemy.pool.base import _ConnectionFairy
 
 _erred: WeakSet[Connection] = WeakSet()
+_GIVEN_UP = "ctxalchemy: given up"
 
 
 def watch(engine: AsyncEngine) -> None:
-    """Remember on which connections of this engine a statement fails."""
+    """Remember which connections of this engine a statement fails on, and which are given up."""
+    sync_engine = engine.sync_engine
+
+    def give_up(_dbapi_connection: object, entry: ConnectionPoolEntry, _error: object) -> None:
+        entry.info[_GIVEN_UP] = True
+        # From now on the commits of others are watched too: those of the application's own.
+        if not event.contains(sync_engine, "commit", raise_if_ended):
+            event.listen(sync_engine, "commit", raise_if_ended)
+
+    event.listen(sync_engine, "invalidate", give_up)
     if engine.dialect.name == "postgresql":
-        event.listen(engine.sync_engine, "handle_error", _remember)
+        event.listen(sync_engine, "handle_error", _remember)
 
 
 def _remember(context: ExceptionContext) -> None:
@@ -39,9 +49,11 @@ def raise_if_lost(connection: Connection) -> None:
 
 
 def raise_if_ended(connection: Connection) -> None:
-    """Raise where the database connection has been closed behind the transaction: asyncpg forgets it then."""
+    """Raise where the database connection was given up behind the transaction, which asyncpg forgets then."""
     entry = pool_entry(connection)
-    if entry is not None and entry.dbapi_connection is not connection.connection.dbapi_connection:
+    if entry is not None and (
+        entry.dbapi_connection is not connection.connection.dbapi_connection or entry.info.get(_GIVEN_UP)
+    ):
         raise InvalidRequestError(
             "this transaction cannot be committed: its database connection was closed while it was open"
         )

@@ -215,12 +215,13 @@ fn coroutine_type(py: Python<'_>) -> PyResult<Bound<'_, PyAny>> {
         ),
         ffi::PyMethodDef::zeroed(),
     ];
-    static mut GETTERS: [ffi::PyGetSetDef; 10] = [
+    static mut GETTERS: [ffi::PyGetSetDef; 11] = [
         getter(c"__name__", coroutine::name),
         getter(c"__qualname__", coroutine::name),
         getter(c"__class__", coroutine::class),
         getter(c"cr_running", coroutine::is_running),
         getter(c"cr_suspended", coroutine::is_suspended),
+        getter(c"cr_state", coroutine::state),
         getter(c"cr_await", coroutine::awaited),
         getter(c"cr_frame", coroutine::frame),
         getter(c"cr_code", coroutine::code),
