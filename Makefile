@@ -10,11 +10,13 @@ export PATH := $(PATH):$(or $(CARGO_HOME),$(HOME)/.cargo)/bin
 
 SET_UP := $(PYTHON) scripts/environment.py
 POSTGRES := $(VENV_PYTHON) scripts/postgres.py --
+# With the allocator of C: valgrind cannot see into Python's own.
+MEMCHECK := PYTHONMALLOC=malloc CTXALCHEMY_BACKEND=native valgrind -q --error-exitcode=3 $(VENV_PYTHON)
 EXTENSIONS := python/ctxalchemy/_native*.so python/ctxalchemy/_native*.pyd
 LINTERS := ruff-check ruff-format mypy pyright stubtest verifytypes rustfmt clippy cargo-test
 
 .DEFAULT_GOAL := help
-.PHONY: help test test-all wheels lint format demo serve soak bench bench-gate bench-gate-update clean $(LINTERS)
+.PHONY: help test test-all wheels memcheck lint format demo serve soak bench bench-gate bench-gate-update clean $(LINTERS)
 
 help:  ## List the targets.
 	@echo 'PYTHON=python3.13 picks the interpreter, wherever the default python3 is not the one to use.'
@@ -35,6 +37,12 @@ test-all:  ## Run the tests with every Python at hand, on SQLAlchemy 2.0 and 2.1
 wheels:  ## Build the sdist and all wheels for the interpreters at hand, in dist, and check them.
 	@$(SET_UP) wheels
 	@$(VENV_PYTHON) scripts/wheels.py
+
+memcheck:  ## Run the native module under valgrind, which has to be installed.
+	@$(SET_UP) --need-native test
+	$(MEMCHECK) tests/isolated/flat.py 200
+	$(MEMCHECK) tests/isolated/cycles.py
+	$(MEMCHECK) tests/isolated/open_at_exit.py
 
 format:  ## Format the Python and the Rust, and fix what the linter can.
 	@$(SET_UP) --need-native test lint
