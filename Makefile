@@ -10,8 +10,9 @@ export PATH := $(PATH):$(or $(CARGO_HOME),$(HOME)/.cargo)/bin
 
 SET_UP := $(PYTHON) scripts/environment.py
 POSTGRES := $(VENV_PYTHON) scripts/postgres.py --
-# With the allocator of C: valgrind cannot see into Python's own.
-MEMCHECK := PYTHONMALLOC=malloc CTXALCHEMY_BACKEND=native valgrind -q --error-exitcode=3 $(VENV_PYTHON)
+# With the allocator of C, because valgrind cannot see into Python's own.  Reads and writes of what is not allocated
+# are reported; not values that are not set, which it also sees where CPython itself is right.
+MEMCHECK := PYTHONMALLOC=malloc CTXALCHEMY_BACKEND=native valgrind -q --undef-value-errors=no --error-exitcode=3 $(VENV_PYTHON) -I
 EXTENSIONS := python/ctxalchemy/_native*.so python/ctxalchemy/_native*.pyd
 LINTERS := ruff-check ruff-format mypy pyright stubtest verifytypes rustfmt clippy cargo-test
 
