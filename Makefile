@@ -10,11 +10,14 @@ export PATH := $(PATH):$(or $(CARGO_HOME),$(HOME)/.cargo)/bin
 
 SET_UP := $(PYTHON) scripts/environment.py
 POSTGRES := $(VENV_PYTHON) scripts/postgres.py --
+# With the allocator of C, because valgrind cannot see into Python's own.  Reads and writes of what is not allocated
+# are reported; not values that are not set, which it also sees where CPython itself is right.
+MEMCHECK := PYTHONMALLOC=malloc CTXALCHEMY_BACKEND=native valgrind -q --undef-value-errors=no --error-exitcode=3 $(VENV_PYTHON) -I
 EXTENSIONS := python/ctxalchemy/_native*.so python/ctxalchemy/_native*.pyd
-LINTERS := ruff-check ruff-format mypy pyright rustfmt clippy cargo-test
+LINTERS := ruff-check ruff-format mypy pyright stubtest verifytypes rustfmt clippy cargo-test
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint format demo serve soak bench bench-gate bench-gate-update clean $(LINTERS)
+.PHONY: help test test-all wheels memcheck lint format demo serve soak bench bench-gate bench-gate-update clean $(LINTERS)
 
 help:  ## List the targets.
 	@echo 'PYTHON=python3.13 picks the interpreter, wherever the default python3 is not the one to use.'
@@ -27,6 +30,20 @@ test:  ## Run the tests on both backends, with a throw-away PostgreSQL.  ARGS="-
 lint:  ## Run all linters and type checkers, on the Python and the Rust.
 	@$(SET_UP) --need-native test lint
 	@$(MAKE) --no-print-directory --keep-going $(LINTERS)
+
+test-all:  ## Run the tests with every Python at hand, on SQLAlchemy 2.0 and 2.1, and print a table.
+	@$(SET_UP) --need-native test
+	@$(POSTGRES) $(VENV_PYTHON) scripts/test_all.py $(ARGS)
+
+wheels:  ## Build the sdist and all wheels for the interpreters at hand, in dist, and check them.
+	@$(SET_UP) wheels
+	@$(VENV_PYTHON) scripts/wheels.py
+
+memcheck:  ## Run the native module under valgrind, which has to be installed.
+	@$(SET_UP) --need-native test
+	$(MEMCHECK) tests/isolated/flat.py 200
+	$(MEMCHECK) tests/isolated/cycles.py
+	$(MEMCHECK) tests/isolated/open_at_exit.py
 
 format:  ## Format the Python and the Rust, and fix what the linter can.
 	@$(SET_UP) --need-native test lint
@@ -76,6 +93,14 @@ mypy:
 
 pyright:
 	$(VENV_PYTHON) -m pyright --pythonpath $(VENV_PYTHON)
+
+# The stub of the native module, against the module as it was built.
+stubtest:
+	$(VENV_PYTHON) -m mypy.stubtest ctxalchemy._native
+
+# Everything public has a type that is written down.  It looks for the package of the `python` on PATH.
+verifytypes:
+	PATH="$(CURDIR)/.venv/bin:$$PATH" python -m pyright --ignoreexternal --verifytypes ctxalchemy
 
 rustfmt:
 	cargo fmt --all --check

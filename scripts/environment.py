@@ -82,17 +82,16 @@ def install_package(*, has_cargo: bool) -> None:
     remove_extensions()
     if has_cargo:
         say("Building the native extension")
-        pip("install", *read("pyproject.toml")["build-system"]["requires"])
         # Cargo goes by time stamps, and would reuse what it built from sources that have become older since.
         run("cargo", "clean", "--quiet", "--release", "--package", read("Cargo.toml")["package"]["name"])
-        run(PYTHON, "-m", "maturin", "develop", "--release", "--quiet")
+        pip("install", "--no-deps", "--editable", str(ROOT))
         if len(extensions()) != 1:
             sys.exit(f"The build should have left one extension in {PACKAGE}, and left {len(extensions())}.")
         mark_done("native", digest(*extensions(), text=sources))
-    else:
+    elif not is_done("pure", digest(PYPROJECT)):
         say("cargo was not found: going on without the native extension, on the pure-Python backend")
-        for site_packages in VENV.glob("lib/python*/site-packages"):
-            (site_packages / "ctxalchemy-without-native.pth").write_text(f"{PACKAGE.parent}\n")
+        pip("install", "--no-deps", "--editable", str(ROOT), "--config-settings=pure=true")
+        mark_done("pure", digest(PYPROJECT))
 
 
 def rust_sources() -> list[Path]:

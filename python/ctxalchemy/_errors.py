@@ -37,8 +37,8 @@ class PartialCommitError(RuntimeError):
     """
 
     def __init__(self, committed: Sequence[DBConnect], failed: Sequence[DBConnect]) -> None:
-        self.committed = tuple(committed)
-        self.failed = tuple(failed)
+        self.committed: tuple[DBConnect, ...] = tuple(committed)
+        self.failed: tuple[DBConnect, ...] = tuple(failed)
         super().__init__(self.committed, self.failed)
 
     def __str__(self) -> str:

@@ -58,7 +58,7 @@ class ASGIHTTPDBSessionMiddleware:
                 raise TypeError(f"{name} must be callable, not {type(function).__name__}: {function!r}")
         self.app = app
         self.before_commit = before_commit
-        self.commit_if = commit_if if commit_if is not None else is_success
+        self.commit_if: CommitIf = commit_if if commit_if is not None else is_success
         self.websocket = websocket
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

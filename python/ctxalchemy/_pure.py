@@ -7,7 +7,7 @@ both.  Everything else in the package is written against these names.
 from __future__ import annotations
 
 from contextvars import ContextVar, Token
-from typing import final
+from typing import NoReturn, SupportsIndex, final
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -36,6 +36,13 @@ class SessionStore:
         self._manual = manual
         self._closed = False
         self._token: Token[SessionStore | None] | None = None
+
+    def __init_subclass__(cls) -> NoReturn:
+        raise TypeError("type 'ctxalchemy.SessionStore' is not an acceptable base type")
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        # A copy would settle and close the same sessions once more.
+        raise TypeError("cannot pickle 'ctxalchemy.SessionStore' object")
 
     @property
     def manual(self) -> bool:

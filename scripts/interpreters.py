@@ -1,0 +1,92 @@
+"""The Python interpreters at hand: those of PYTHONS, of pyenv, and on PATH; one of each kind, the newest.
+
+PYTHONS lists commands, with ':' between them: ``PYTHONS=python3.13:/opt/pypy/bin/pypy3``.  Where it is set, only they
+count.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+OLDEST = (3, 11)
+NEWEST = (3, 15)
+ASK = """
+import json, platform, sys, sysconfig
+threaded = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
+print(json.dumps([sys.executable, platform.python_implementation(), list(sys.version_info[:3]), threaded]))
+"""
+
+
+@dataclass(frozen=True)
+class Interpreter:
+    path: str
+    implementation: str
+    version: tuple[int, ...]
+    free_threaded: bool
+
+    @property
+    def name(self) -> str:
+        """As ``CPython 3.13.0t``."""
+        return f"{self.implementation} {'.'.join(map(str, self.version))}{'t' if self.free_threaded else ''}"
+
+    @property
+    def kind(self) -> str:
+        """As ``cpython3.13t``: of each kind, the newest is used."""
+        minor = ".".join(map(str, self.version[:2]))
+        return f"{self.implementation.lower()}{minor}{'t' if self.free_threaded else ''}"
+
+    @property
+    def without_native(self) -> str | None:
+        """Why there is no native module for it, if there is none."""
+        if self.implementation != "CPython":
+            return "the native module is for CPython"
+        if self.free_threaded and self.version < (3, 14):
+            return "PyO3 supports free threading from 3.14 on"
+        return None
+
+
+def interpreters() -> list[Interpreter]:
+    newest: dict[str, Interpreter] = {}
+    for command in _commands():
+        found = _ask(command)
+        if found is not None and found.version >= OLDEST:
+            best = newest.setdefault(found.kind, found)
+            newest[found.kind] = max(best, found, key=lambda each: each.version)
+    return sorted(newest.values(), key=lambda each: (each.implementation, each.version[:2], each.free_threaded))
+
+
+def _commands() -> Iterator[str]:
+    if listed := os.environ.get("PYTHONS"):
+        yield from filter(None, listed.split(os.pathsep))
+        return
+    yield sys.executable
+    if shutil.which("pyenv"):
+        root = subprocess.run(["pyenv", "root"], capture_output=True, text=True, check=True).stdout.strip()
+        yield from map(str, sorted(Path(root, "versions").glob("*/bin/python3")))
+    minors = range(OLDEST[1], NEWEST[1] + 1)
+    names = ["python3", *(f"python3.{minor}{kind}" for minor in minors for kind in ("", "t")), "pypy3"]
+    yield from filter(None, map(shutil.which, names))
+
+
+def _ask(command: str) -> Interpreter | None:
+    """What it is.  None: it does not run, as the placeholders of pyenv do not where no version is chosen."""
+    try:
+        result = subprocess.run([command, "-c", ASK], capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        if os.environ.get("PYTHONS"):
+            sys.exit(f"PYTHONS names {command}, which does not run")
+        return None
+    path, implementation, version, free_threaded = json.loads(result.stdout)
+    return Interpreter(path, implementation, tuple(version), free_threaded)
+
+
+if __name__ == "__main__":
+    for each in interpreters():
+        print(f"{each.name:<20}{each.without_native or 'native'}")

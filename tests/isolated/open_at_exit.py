@@ -1,0 +1,27 @@
+"""The interpreter exits quietly with contexts open and sessions in them, in tasks, threads and globals."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+from ctxalchemy import DBConnect, db_session, init_db_session_ctx
+from ctxalchemy._core import current, enter
+
+connection = DBConnect.from_url("sqlite+aiosqlite://")
+
+
+async def open_one() -> None:
+    init_db_session_ctx(force=True)
+    kept.append((await db_session(connection), current()))
+
+
+kept: list[object] = []
+
+if __name__ == "__main__":
+    kept.append(enter())
+    asyncio.run(open_one())
+    thread = threading.Thread(target=asyncio.run, args=[open_one()])
+    thread.start()
+    thread.join()
+    print(len(kept))

@@ -1,0 +1,30 @@
+"""In a subinterpreter, beside the main one: what loads, or the error.  The argument: CTXALCHEMY_BACKEND there."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import Any
+
+CODE = """
+import os, sys
+os.environ["CTXALCHEMY_BACKEND"] = {wanted!r}
+try:
+    # SQLAlchemy without its compiled parts, which do not load there either.
+    os.environ["DISABLE_SQLALCHEMY_CEXT_RUNTIME"] = "1"
+    import ctxalchemy
+    print("loaded", ctxalchemy.BACKEND)
+except ImportError as error:
+    print("ImportError:", error)
+sys.stdout.flush()
+"""
+
+if __name__ == "__main__":
+    import_module("ctxalchemy")
+    name = "_interpreters" if sys.version_info >= (3, 13) else "_xxsubinterpreters"
+    subinterpreters: Any = import_module(name)
+    interpreter = subinterpreters.create()
+    failed = subinterpreters.run_string(interpreter, CODE.format(wanted=sys.argv[1]))
+    if failed is not None:
+        print(failed)
+    subinterpreters.destroy(interpreter)

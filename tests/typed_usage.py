@@ -1,0 +1,136 @@
+"""What type checkers are to make of the package: this is checked, not run."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from contextvars import Token
+from typing import Any, Literal, assert_type
+
+from ctxalchemy import (
+    BACKEND,
+    ASGIHTTPDBSessionMiddleware,
+    BeforeCommitCallback,
+    DBConnect,
+    PartialCommitError,
+    atomic_db_session,
+    auto_commit_by_status_code,
+    close_all_sessions,
+    close_db_session,
+    commit_all_sessions,
+    commit_db_session,
+    db_session,
+    db_session_nowait,
+    get_db_session_from_context,
+    init_db_session_ctx,
+    is_context_initiated,
+    new_ctx,
+    new_non_ctx_atomic_session,
+    new_non_ctx_session,
+    pop_db_session_from_context,
+    put_db_session_to_context,
+    reset_db_session_ctx,
+    rollback_all_sessions,
+    rollback_db_session,
+    run_in_new_ctx,
+)
+from ctxalchemy.fastapi import add_fastapi_http_db_session_middleware
+from ctxalchemy.starlette import StarletteHTTPDBSessionMiddleware, add_starlette_http_db_session_middleware
+from ctxalchemy.testing import put_savepoint_session_in_ctx, rollback_session, set_test_context
+from fastapi import FastAPI
+from sqlalchemy import URL
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+from starlette.applications import Starlette
+
+assert_type(BACKEND, Literal["native", "python"])
+
+
+def create_engine(host: str) -> AsyncEngine:
+    return create_async_engine(URL.create("postgresql+asyncpg", host=host))
+
+
+def create_session_maker(engine: AsyncEngine) -> async_sessionmaker[AsyncSession]:
+    return async_sessionmaker(engine)
+
+
+async def before_create(connect: DBConnect) -> None:
+    await connect.connect("primary")
+
+
+async def before_commit(session: AsyncSession) -> None:
+    await session.flush()
+
+
+async def connections() -> None:
+    connection = DBConnect(create_engine, create_session_maker, "localhost", before_create)
+    assert_type(DBConnect.from_url("sqlite+aiosqlite://", pool_size=5), DBConnect)
+    assert_type(connection.host, str | None)
+    assert_type(await connection.create_session(), AsyncSession)
+    assert_type(await connection.session_maker(), async_sessionmaker[AsyncSession])
+    assert_type(await connection.connect("first"), None)
+    assert_type(await connection.change_host("second"), None)
+    assert_type(await connection.close(), None)
+    DBConnect(create_session_maker, create_engine)  # type: ignore[arg-type]
+
+
+async def sessions(connection: DBConnect) -> None:
+    assert_type(await db_session(connection), AsyncSession)
+    assert_type(db_session_nowait(connection), AsyncSession)
+    assert_type(get_db_session_from_context(connection), AsyncSession | None)
+    assert_type(pop_db_session_from_context(connection), AsyncSession | None)
+    put_db_session_to_context(connection, await connection.create_session())
+    async with atomic_db_session(connection, "append") as session:
+        assert_type(session, AsyncSession)
+    async with new_non_ctx_session(connection) as session:
+        assert_type(session, AsyncSession)
+    async with new_non_ctx_atomic_session(connection) as session:
+        assert_type(session, AsyncSession)
+    for settle in (commit_db_session, rollback_db_session, close_db_session):
+        await settle(connection)
+    for settle_all in (rollback_all_sessions, close_all_sessions):
+        await settle_all()
+    hook: BeforeCommitCallback = before_commit
+    await commit_all_sessions(hook)
+    await auto_commit_by_status_code(200, before_commit=hook)
+    await db_session("connection")  # type: ignore[arg-type]
+    atomic_db_session(connection, "never")  # type: ignore[arg-type]
+
+
+async def contexts() -> None:
+    async def work(number: int, *, name: str = "") -> list[str]:
+        return [name] * number
+
+    token = init_db_session_ctx(force=True)
+    assert_type(token.var.name, str)
+    assert isinstance(token, Token)
+    await reset_db_session_ctx(token, with_close=False)
+    assert_type(is_context_initiated(), bool)
+    assert_type(await run_in_new_ctx(work, 2, name="x"), list[str])
+    await run_in_new_ctx(work, "2")  # type: ignore[arg-type]
+    async with new_ctx() as nothing:
+        assert_type(nothing, None)
+    try:
+        await commit_all_sessions()
+    except PartialCommitError as error:
+        assert_type(error.committed, tuple[DBConnect, ...])
+        assert_type(error.failed, tuple[DBConnect, ...])
+
+
+def applications() -> None:
+    fastapi, starlette = FastAPI(), Starlette()
+    add_fastapi_http_db_session_middleware(fastapi, before_commit, websocket=True)
+    add_starlette_http_db_session_middleware(starlette, commit_if=lambda status: status < 500)
+    starlette.add_middleware(StarletteHTTPDBSessionMiddleware, before_commit=before_commit)
+    fastapi.add_middleware(ASGIHTTPDBSessionMiddleware, commit_if=lambda status: status == 200)
+    ASGIHTTPDBSessionMiddleware(fastapi)
+
+
+@asynccontextmanager
+async def for_tests(connection: DBConnect) -> AsyncIterator[Any]:
+    async with (
+        rollback_session(connection) as session,
+        set_test_context(auto_close=True),
+        put_savepoint_session_in_ctx(connection, session),
+    ):
+        assert_type(session, AsyncSession)
+        yield session
