@@ -66,3 +66,11 @@ async def test_where_a_handler_has_to_be_awaited_first_it_is_not_ready(
         gate.open()
         session = await task
         assert ctxalchemy.db_session_nowait(connection) is session
+
+
+async def test_a_thread_without_an_event_loop_is_told_what_to_do(ctxalchemy: ModuleType, connection: Any) -> None:
+    async with ctxalchemy.new_ctx():
+        with pytest.raises(ctxalchemy.SessionNotReadyError, match="event loop"):
+            await asyncio.to_thread(ctxalchemy.db_session_nowait, connection)
+        session = await ctxalchemy.db_session(connection)
+        assert await asyncio.to_thread(ctxalchemy.db_session_nowait, connection) is session

@@ -346,7 +346,7 @@ def test_driven_by_hand_each_stop_iteration_is_its_own(
         stopped.value.add_note("changed")
         kept.append(stopped.value)
     assert len(set(map(id, kept))) == 4
-    stopped = None
+    del stopped  # pyright: ignore[reportPossiblyUnboundVariable]
     kept.clear()
     assert run(awaited(ctxalchemy.db_session(key))) is session
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from ._connection import DBConnect
 from ._errors import SessionNotReadyError, closed_context
+from ._settling import close_session
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
@@ -51,13 +52,13 @@ async def first_session(store: Store, connect: DBConnect) -> AsyncSession:
             session = await connect.create_session()
         finally:
             _preparing.reset(preparing)
-        # The handler may have been slow.  Nothing began in the session, so giving it up awaits nothing.
+        # The handler may have been slow.
         if store.closed:
-            session.sync_session.close()
+            await close_session(session)
             raise closed_context()
         put_meanwhile = store.get(connect)
         if put_meanwhile is not None:
-            session.sync_session.close()
+            await close_session(session)
             return put_meanwhile
         store.put(connect, session)
         return session
@@ -71,6 +72,13 @@ def first_session_nowait(store: Store, connect: DBConnect) -> AsyncSession:
             "there is no session yet, and before_create_session_handler has to be awaited to make it: "
             "call 'await db_session(connect)' first"
         )
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        raise SessionNotReadyError(
+            "there is no session yet, and a thread without an event loop cannot make it: "
+            "call 'await db_session(connect)' first, outside the thread"
+        ) from None
     session = connect._create_session_nowait()
     store.put(connect, session)
     return session

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from typing import Any, NoReturn
 
 from . import _settling
 from ._core import SessionStore, current, enter, leave
@@ -16,6 +17,8 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 CommitIf = Callable[[int], bool]
+
+_log = logging.getLogger("ctxalchemy")
 
 _SCOPE_KEY = "ctxalchemy"
 # The message that has the body of a response, or its last part; two are of ASGI's extensions.
@@ -114,23 +117,23 @@ class _Response:
                 self._started = True
             elif self.failure is not None:
                 # The rest of a response that was not let out.
-                raise self.failure
+                self._raise_failure(self.failure)
         elif kind in _BODY and not message.get("more_body", False):
             self._ended = True
         return self._send(message)
 
     async def _settle_and_send(self, message: Message) -> None:
-        if not self._middleware.commit_if(message["status"]):
-            await _settling.rollback_all(self._store)
-        elif self.failure is not None:
-            # The application caught the failed commit; it may still answer, but not with a success.
-            raise self.failure
-        else:
-            try:
+        try:
+            if not self._middleware.commit_if(message["status"]):
+                await _settling.rollback_all(self._store)
+            elif self.failure is not None:
+                # The application caught the failed commit; it may still answer, but not with a success.
+                self._raise_failure(self.failure)
+            else:
                 await _settling.commit_all(self._store, self._middleware.before_commit)
-            except BaseException as error:
-                self.failure = error
-                raise
+        except BaseException as error:
+            self.failure = self.failure or error
+            raise
         self._started = True
         await self._send(message)
 
@@ -143,9 +146,18 @@ class _Response:
         if self._ended:
             await _settling.commit_all(self._store, self._middleware.before_commit)
         elif self.failure is not None and not self._started:
-            raise self.failure
+            self._raise_failure(self.failure)
         else:
+            if self._started:
+                _log.warning("a response was cut off in its body: what was done since its start is rolled back")
             await _settling.rollback_all(self._store)
+
+    @staticmethod
+    def _raise_failure(failure: BaseException) -> NoReturn:
+        if isinstance(failure, Exception):
+            raise failure
+        # The application has dealt with this one, such as a cancellation by asyncio.timeout().
+        raise RuntimeError("the response was not sent: its commit did not come to its end") from failure
 
 
 def is_success(status: int) -> bool:

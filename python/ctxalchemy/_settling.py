@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 
     _Held = tuple[Dialect, ConnectionPoolEntry | None, DBAPIConnection | None]
 
+_ORIGINALS = {method: getattr(AsyncSession, method) for method in ("commit", "rollback", "close")}
+
+_CUT = "ctxalchemy: cut"
+
 BeforeCommitCallback = Callable[[AsyncSession], Coroutine[Any, Any, None]]
 
 
@@ -194,11 +198,11 @@ async def commit_session(session: AsyncSession) -> None:
         await greenlet_spawn(_commit, session.sync_session)
         return
     try:
-        if isinstance(session, AsyncSession):
+        if _is_own(session):
             await greenlet_spawn(_check_connections, session.sync_session)
         await session.commit()
     except BaseException as error:
-        if isinstance(session, AsyncSession) and _is_concurrent(error) and _is_abandoned(session.sync_session):
+        if _is_own(session) and _is_concurrent(error) and _is_abandoned(session.sync_session):
             return
         await _invalidate_after(error, session)
         raise
@@ -209,12 +213,12 @@ async def rollback_session(session: AsyncSession) -> None:
     if _keeps(session, "rollback"):
         await greenlet_spawn(_rollback, session.sync_session)
         return
-    held = await greenlet_spawn(_cut_busy, session.sync_session) if isinstance(session, AsyncSession) else []
+    held = await greenlet_spawn(_cut_busy, session.sync_session) if _is_own(session) else []
     try:
         await session.rollback()
     except BaseException as error:
-        if isinstance(session, AsyncSession) and _is_concurrent(error):
-            _abandon(session.sync_session)
+        if _is_own(session) and _is_concurrent(error):
+            _abandon(session.sync_session, _rolled_back)
             return
         await _invalidate_after(error, session)
         if isinstance(error, Exception):
@@ -237,13 +241,13 @@ async def close_session(session: AsyncSession) -> None:
         finally:
             await session.close()
     except BaseException as error:
-        if isinstance(session, AsyncSession) and _is_concurrent(error):
-            _abandon(session.sync_session)
+        if _is_own(session) and _is_concurrent(error):
+            _abandon(session.sync_session, closed_context)
             return
         await _invalidate_after(error, session)
         raise
     finally:
-        if isinstance(session, AsyncSession):
+        if _is_own(session):
             _end(session.sync_session)
 
 
@@ -288,15 +292,17 @@ def _close_idle(session: AsyncSession) -> bool:
 
 
 def _keeps(session: AsyncSession, method: str) -> bool:
-    """Whether this is an AsyncSession, and its class does not override the method."""
-    cls = type(session)
-    if cls is AsyncSession:
-        return True
-    return issubclass(cls, AsyncSession) and getattr(cls, method) is getattr(AsyncSession, method)
+    """Whether this is an AsyncSession, and neither its class overrides the method nor anybody has patched it."""
+    return _is_own(session) and getattr(type(session), method) is _ORIGINALS[method] and method not in session.__dict__
+
+
+def _is_own(session: AsyncSession) -> bool:
+    """Whether this is an AsyncSession: what a mock pretends to be does not count."""
+    return issubclass(type(session), AsyncSession)
 
 
 async def _invalidate_after(error: BaseException, session: AsyncSession) -> None:
-    if isinstance(session, AsyncSession) and session.in_transaction():
+    if _is_own(session) and session.in_transaction():
         await _after(error, _invalidate_session, session)
 
 
@@ -307,7 +313,7 @@ async def _invalidate_session(session: AsyncSession) -> None:
 def _drop(sessions: Iterable[AsyncSession], failures: list[BaseException]) -> None:
     """Give up sessions where nothing can be awaited any more: their connections are cut."""
     for session in sessions:
-        if isinstance(session, AsyncSession):
+        if _is_own(session):
             try:
                 _invalidate(session.sync_session)
             except Exception as error:
@@ -331,13 +337,17 @@ def _commit(session: Session) -> None:
         raise
 
 
-def _rollback(session: Session) -> None:
+def _rolled_back() -> InvalidRequestError:
+    return InvalidRequestError("another task rolled this session back while this one was waiting for its connection")
+
+
+def _rollback(session: Session, why: Callable[[], Exception] = _rolled_back) -> None:
     held = _cut_busy(session)
     try:
         session.rollback()
     except BaseException as error:
         if _is_concurrent(error):
-            _abandon(session)
+            _abandon(session, why)
             return
         _give_up(held)
         if not _was_busy(error):
@@ -346,12 +356,12 @@ def _rollback(session: Session) -> None:
 
 def _rollback_and_close(session: Session) -> None:
     try:
-        _rollback(session)
+        _rollback(session, closed_context)
     finally:
         try:
             session.close()
         except IllegalStateChangeError:
-            _abandon(session)
+            _abandon(session, closed_context)
         finally:
             _end(session)
 
@@ -393,7 +403,7 @@ def _invalidate(session: Session) -> None:
     try:
         session.invalidate()
     except IllegalStateChangeError:
-        _abandon(session)
+        _abandon(session, _rolled_back)
     if failures:
         _raise(failures, "several connections could not be given up")
 
@@ -430,19 +440,25 @@ def _was_busy(error: BaseException) -> bool:
     return isinstance(error, DBAPIError) and "another operation is in progress" in str(error.orig)
 
 
-def _is_abandoned(session: Session) -> bool:
-    return event.contains(session, "after_begin", _cut)
-
-
-def _abandon(session: Session) -> None:
-    """Give up a session for which another task is just getting a connection: it is cut when it comes."""
-    if not _is_abandoned(session):
+def _abandon(session: Session, why: Callable[[], Exception]) -> None:
+    """Give up what another task is just getting a connection for: that is cut when it comes."""
+    if _CUT not in session.info:
         event.listen(session, "after_begin", _cut)
+    session.info[_CUT] = why
 
 
-def _cut(_session: Session, _transaction: SessionTransaction, connection: Connection) -> None:
+def _is_abandoned(session: Session) -> bool:
+    return session.info.get(_CUT) is not None
+
+
+def _cut(session: Session, _transaction: SessionTransaction, connection: Connection) -> None:
+    why = session.info[_CUT]
+    if why is None:
+        return
+    if why is not closed_context:
+        session.info[_CUT] = None
     connection.invalidate()
-    raise closed_context()
+    raise why()
 
 
 def _end(session: Session) -> None:

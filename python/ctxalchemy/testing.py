@@ -13,7 +13,6 @@ from ._context import reset_db_session_ctx
 from ._core import current, init_db_session_ctx
 from ._errors import closed_context, no_context
 from ._sessions import (
-    commit_all_sessions,
     get_db_session_from_context,
     new_non_ctx_session,
     pop_db_session_from_context,
@@ -38,12 +37,9 @@ async def rollback_session(connection: DBConnect) -> AsyncIterator[AsyncSession]
         ...     session.add(User(name="Ada"))
         ...     await session.flush()
     """
+    # Closing rolls back what is open.
     async with new_non_ctx_session(connection) as session:
-        try:
-            yield session
-        finally:
-            if session.in_transaction():
-                await _settling.rollback_session(session)
+        yield session
 
 
 @asynccontextmanager
@@ -63,10 +59,16 @@ async def set_test_context(auto_close: bool = False) -> AsyncIterator[None]:
         ...     response = await client.post("/users", json={"name": "Ada"})
     """
     token = init_db_session_ctx()
+    store = current()
+    assert store is not None
     try:
         yield
         if auto_close:
-            await commit_all_sessions()
+            await _settling.commit_all(store)
+    except BaseException as error:
+        if auto_close:
+            await _settling.abort(store, error)
+        raise
     finally:
         await reset_db_session_ctx(token, with_close=auto_close)
 
@@ -96,7 +98,7 @@ async def put_savepoint_session_in_ctx(connection: DBConnect, session: AsyncSess
     if store is None or store.closed:
         raise no_context() if store is None else closed_context()
     maker = await connection.session_maker()
-    inner = maker(bind=await session.connection(), join_transaction_mode="create_savepoint")
+    inner = maker(bind=await session.connection(), binds={}, join_transaction_mode="create_savepoint")
     async with _settling.closing(inner):
         put_db_session_to_context(connection, inner)
         try:
