@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 async def test_a_test_context_raises_the_first_error(ctxalchemy: ModuleType, connection: Any) -> None:
     session = SessionDouble([], close=LookupError("the close"))
-    with pytest.raises(ValueError, match="the block") as caught:
+    with pytest.raises(ValueError, match="the block") as caught:  # noqa: PT012
         async with ctxalchemy.testing.set_test_context(auto_close=True):
             ctxalchemy.put_db_session_to_context(connection, session)
             raise ValueError("the block")

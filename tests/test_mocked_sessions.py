@@ -45,7 +45,7 @@ async def test_the_error_of_a_mock_comes_through(ctxalchemy: ModuleType, connect
 async def test_a_method_that_is_patched_on_a_session_is_called(ctxalchemy: ModuleType, connection: Any) -> None:
     session = await connection.create_session()
     session.commit = AsyncMock(side_effect=LookupError("patched"))
-    with pytest.raises(LookupError, match="patched"):
+    with pytest.raises(LookupError, match="patched"):  # noqa: PT012
         async with ctxalchemy.new_ctx():
             ctxalchemy.put_db_session_to_context(connection, session)
             await session.begin()
