@@ -59,6 +59,16 @@ def raise_if_ended(connection: Connection) -> None:
         )
 
 
+def is_being_given_up(connection: Connection) -> bool:
+    """Return whether another task is just closing the database connection, and has not come to its end."""
+    entry = pool_entry(connection)
+    return (
+        entry is not None
+        and entry.dbapi_connection is connection.connection.dbapi_connection
+        and bool(entry.info.get(_GIVEN_UP))
+    )
+
+
 def pool_entry(connection: Connection) -> ConnectionPoolEntry | None:
     """Return the place that the pool has for the connection."""
     return cast("_ConnectionFairy", connection.connection)._connection_record

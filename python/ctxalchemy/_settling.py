@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.orm.session import _SessionCloseState
 from sqlalchemy.util import greenlet_spawn
 
-from ._cutting import cut, is_busy
+from ._cutting import cut, is_busy, wait_for_other_cut
 from ._errors import PartialCommitError, closed_context
 from ._finishing import add_note, finish
 from ._lost import pool_entry, raise_if_lost
@@ -376,6 +376,9 @@ def _cut_busy(session: Session) -> list[_Held]:
     for connection in _own_connections(session):
         if connection.invalidated:
             continue
+        wait_for_other_cut(connection)
+        if connection.closed or connection.invalidated:
+            continue
         if is_busy(connection):
             cut(connection)
         else:
@@ -397,6 +400,8 @@ def _invalidate(session: Session) -> None:
     failures: list[BaseException] = []
     for connection in _own_connections(session):
         try:
+            if not connection.invalidated:
+                wait_for_other_cut(connection)
             cut(connection)
         except BaseException as error:
             failures.append(error)
