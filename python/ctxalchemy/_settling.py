@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     _Held = tuple[Dialect, ConnectionPoolEntry | None, DBAPIConnection | None]
 
 _ORIGINALS = {method: getattr(AsyncSession, method) for method in ("commit", "rollback", "close")}
+# 3.11 runs Python code for each look at a member of an enumeration.
+_CLOSED = _SessionCloseState.CLOSED
 
 _CUT = "ctxalchemy: cut"
 
@@ -293,7 +295,8 @@ def _close_idle(session: AsyncSession) -> bool:
 
 def _keeps(session: AsyncSession, method: str) -> bool:
     """Whether this is an AsyncSession, and neither its class overrides the method nor anybody has patched it."""
-    return _is_own(session) and getattr(type(session), method) is _ORIGINALS[method] and method not in session.__dict__
+    # Only an AsyncSession has its methods, and a mock has none in its class: this says it all.
+    return getattr(type(session), method, None) is _ORIGINALS[method] and method not in session.__dict__
 
 
 def _is_own(session: AsyncSession) -> bool:
@@ -472,4 +475,4 @@ def _end(session: Session) -> None:
     ``close_resets_only=False`` does this for every ``close()``, also for those of the user, who expects
     of SQLAlchemy's default that the session can be used again.
     """
-    session._close_state = _SessionCloseState.CLOSED
+    session._close_state = _CLOSED
