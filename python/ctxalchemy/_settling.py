@@ -236,17 +236,20 @@ async def close_session(session: AsyncSession) -> None:
     if _keeps(session, "rollback") and _keeps(session, "close"):
         await greenlet_spawn(_rollback_and_close, session.sync_session)
         return
+    begun_meanwhile: list[Connection] = []
     try:
         try:
             if session.in_transaction():
                 await rollback_session(session)
         finally:
+            if _is_own(session):
+                begun_meanwhile = _own_connections(session.sync_session)
             await session.close()
     except BaseException as error:
         if _is_own(session) and _is_concurrent(error):
             _abandon(session.sync_session, closed_context)
             return
-        await _invalidate_after(error, session)
+        await _invalidate_after(error, session, begun_meanwhile)
         raise
     finally:
         if _is_own(session):
@@ -304,13 +307,15 @@ def _is_own(session: AsyncSession) -> bool:
     return issubclass(type(session), AsyncSession)
 
 
-async def _invalidate_after(error: BaseException, session: AsyncSession) -> None:
-    if _is_own(session) and session.in_transaction():
-        await _after(error, _invalidate_session, session)
+async def _invalidate_after(
+    error: BaseException, session: AsyncSession, connections: Iterable[Connection] = ()
+) -> None:
+    if _is_own(session) and (session.in_transaction() or connections):
 
+        async def invalidate_session(session: AsyncSession) -> None:
+            await greenlet_spawn(_invalidate, session.sync_session, connections)
 
-async def _invalidate_session(session: AsyncSession) -> None:
-    await greenlet_spawn(_invalidate, session.sync_session)
+        await _after(error, invalidate_session, session)
 
 
 def _drop(sessions: Iterable[AsyncSession], failures: list[BaseException]) -> None:
@@ -358,6 +363,8 @@ def _rollback(session: Session, why: Callable[[], Exception] = _rolled_back) -> 
 
 
 def _rollback_and_close(session: Session) -> None:
+    # First, for SQLAlchemy lets another task begin in it as soon as this one is waiting for the rollback.
+    _end(session)
     try:
         _rollback(session, closed_context)
     finally:
@@ -365,8 +372,6 @@ def _rollback_and_close(session: Session) -> None:
             session.close()
         except IllegalStateChangeError:
             _abandon(session, closed_context)
-        finally:
-            _end(session)
 
 
 def _cut_busy(session: Session) -> list[_Held]:
@@ -398,10 +403,15 @@ def _give_up(held: list[_Held]) -> None:
             dialect.do_terminate(dbapi_connection)
 
 
-def _invalidate(session: Session) -> None:
-    """Give up the session's connections: they are in an unknown state, no pool may have them."""
+def _invalidate(session: Session, others: Iterable[Connection] = ()) -> None:
+    """Give up the session's connections: they are in an unknown state, no pool may have them.
+
+    And those ``others`` that it had.
+    """
     failures: list[BaseException] = []
-    for connection in _own_connections(session):
+    for connection in {*_own_connections(session), *others}:
+        if connection.closed:
+            continue
         try:
             if not connection.invalidated:
                 wait_for_other_cut(connection)

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
-from sqlalchemy import text
-from sqlalchemy.exc import InvalidRequestError
+from sqlalchemy import event, text
+from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession
 from support.apps import KINDS, Answer, Kind, build, call, http_scope
-from support.database import add_note, break_commit, checked_out, count_notes
+from support.database import add_note, break_commit, checked_out, count_notes, pool_of
 from support.faults import CommitGate, Witness, assert_whole, client_of, connection_with
 from support.sessions import ClosingSession, Note, OverriddenSession, maker_creator
 from support.waiting import Gate, eventually
@@ -363,6 +363,40 @@ async def test_a_task_that_executes_on_the_session_after_the_closing_gets_an_err
     with pytest.raises(InvalidRequestError, match="closed"):
         await tasks[0]
     await assert_whole(ctxalchemy, database, connection, notes=notes)
+
+
+@pytest.mark.parametrize("session_class", [AsyncSession, OverriddenSession])
+async def test_a_task_that_begins_again_in_a_session_while_that_is_rolled_back_leaves_nothing_open(
+    ctxalchemy: ModuleType, database: Database, session_class: type[AsyncSession]
+) -> None:
+    """It would be in the middle of a statement when the session is closed, which asyncpg refuses."""
+    connection = connection_with(ctxalchemy, database, session_class, pool_size=2)
+    tasks: list[asyncio.Task[Any]] = []
+
+    def reset(dbapi_connection: Any, *_: Any) -> None:
+        # As SQLAlchemy's documentation suggests, the application resets a connection itself, over the network.
+        dbapi_connection.run_async(lambda _: asyncio.sleep(0.1))
+
+    async def begin_again(session: AsyncSession) -> None:
+        while session.in_transaction():  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        await session.execute(text("SELECT pg_sleep(2)"))
+
+    async def before() -> None:
+        session = await ctxalchemy.db_session(connection)
+        await add_note(session, "undone")
+        event.listen(await pool_of(connection), "reset", reset)
+        tasks.append(asyncio.create_task(begin_again(session)))
+        await asyncio.sleep(0)
+
+    app, _ = ending(ctxalchemy, "exception", before)
+    witness = Witness(ctxalchemy, app, connection)
+    await request(witness)
+    await assert_ended(witness, "exception")
+    with pytest.raises((InvalidRequestError, DBAPIError)):
+        await tasks[0]
+    await assert_whole(ctxalchemy, database, connection, notes=[])
+    await connection.close()
 
 
 @pytest.mark.parametrize("end", ENDS)

@@ -33,8 +33,7 @@ class Database:
     @asynccontextmanager
     async def create(cls, server_url: str) -> AsyncIterator[Database]:
         name = f"t_{uuid4().hex[:12]}"
-        dsn = make_url(server_url).set(drivername="postgresql").render_as_string(hide_password=False)
-        observer = await asyncpg.connect(dsn, server_settings={"search_path": name})
+        observer = await connect(server_url, search_path=name)
         try:
             await observer.execute(
                 f"CREATE SCHEMA {name};"
@@ -98,6 +97,12 @@ class Database:
                 return False
             await asyncio.sleep(0.02)
         return True
+
+
+async def connect(server_url: str, **settings: str) -> asyncpg.Connection[Any]:
+    """A connection to the server, without SQLAlchemy."""
+    dsn = make_url(server_url).set(drivername="postgresql").render_as_string(hide_password=False)
+    return await asyncpg.connect(dsn, server_settings=settings)
 
 
 async def add_note(session: AsyncSession, name: str) -> None:

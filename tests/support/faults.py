@@ -17,7 +17,7 @@ from sqlalchemy import make_url
 
 from .apps import Answer, build, call
 from .apps import client_of as client_in_process
-from .database import add_note, checked_out, count_notes
+from .database import add_note, checked_out, connect, count_notes
 from .sessions import maker_creator
 from .waiting import eventually
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
     from pathlib import Path
     from types import ModuleType
+
+    import asyncpg
 
     from .apps import Message, Transport
     from .database import Database
@@ -201,28 +203,30 @@ async def client_of(app: Any, transport: Transport = "in_process") -> AsyncItera
 class CommitGate:
     """Holds each COMMIT on the server whose transaction wrote a note that begins with ``slow``.
 
-    A deferred constraint trigger waits for a lock that the gate has until it is opened.
+    A deferred constraint trigger waits for a lock that the gate has until it is opened, on a connection of
+    its own: what it held back goes on at once, and may ask the observer while the gate is still opening.
     """
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, holder: asyncpg.Connection[Any]) -> None:
         self._database = database
-        self._key = crc32(database.name.encode())
+        self._holder = holder
 
     @classmethod
     @asynccontextmanager
     async def close(cls, database: Database) -> AsyncIterator[CommitGate]:
-        gate = cls(database)
+        key = crc32(database.name.encode())
         await database.observer.execute(
             "CREATE FUNCTION wait_at_commit() RETURNS trigger LANGUAGE plpgsql AS "
-            f"$$ BEGIN PERFORM pg_advisory_xact_lock({gate._key}); RETURN NULL; END $$;"
+            f"$$ BEGIN PERFORM pg_advisory_xact_lock({key}); RETURN NULL; END $$;"
             "CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON note DEFERRABLE INITIALLY DEFERRED "
             "FOR EACH ROW WHEN (NEW.name LIKE 'slow%') EXECUTE FUNCTION wait_at_commit();"
-            f"SELECT pg_advisory_lock({gate._key})"
         )
+        holder = await connect(database.url)
         try:
-            yield gate
+            await holder.execute(f"SELECT pg_advisory_lock({key})")
+            yield cls(database, holder)
         finally:
-            await gate.open()
+            await holder.close()
 
     async def reached(self) -> None:
         """Wait until a COMMIT is held."""
@@ -242,7 +246,7 @@ class CommitGate:
         return count
 
     async def open(self) -> None:
-        await self._database.observer.execute("SELECT pg_advisory_unlock_all()")
+        await self._holder.execute("SELECT pg_advisory_unlock_all()")
 
 
 class Wire:
