@@ -10,16 +10,6 @@ use crate::errors;
 use crate::raw::{self, Argument, Body, Outcome, Raised, Store};
 use crate::store;
 
-pub struct Current;
-impl Body<0> for Current {
-    const PARAMETERS: [&'static CStr; 0] = [];
-    const GUARDED: bool = false;
-
-    fn call<'py>(py: Python<'py>, []: [Argument<'_, 'py>; 0]) -> Outcome<'py> {
-        raw::current(py)
-    }
-}
-
 pub struct Enter;
 impl Body<1> for Enter {
     const PARAMETERS: [&'static CStr; 1] = [c"manual"];

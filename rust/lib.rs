@@ -40,7 +40,7 @@ mod _native {
         raw::install(py)?;
         Ok(vec![
             ("SessionStore", store::class(&twin.getattr("SessionStore")?)?.unbind()),
-            named::<0, context::Current>(twin, "current")?,
+            ("current", raw::current_function(py)?.unbind()),
             named::<1, context::Enter>(twin, "enter")?,
             named::<1, context::Leave>(twin, "leave")?,
             named::<1, context::Init>(twin, "init_db_session_ctx")?,

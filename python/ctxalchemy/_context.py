@@ -6,10 +6,15 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from contextvars import Token
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from . import _settling
 from ._core import SessionStore, current, enter, leave
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncSession
+
+    from ._connection import DBConnect
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -38,13 +43,23 @@ async def reset_db_session_ctx(token: Token[SessionStore | None], with_close: bo
         ... finally:
         ...     await reset_db_session_ctx(token)
     """
-    stores = _opened_since(token)
-    for store in stores:
+    store = current()
+    if store is not None and store.token is token is not None:
         # First, because this is what a token of another task fails at.
         leave(store)
-    sessions = [session for store in stores for _, session in store.close()]
-    if with_close:
+        entries = store.close()
+    else:
+        entries = _leave_several(token)
+    if with_close and entries and (sessions := _settling.close_idle(entries)):
         await _settling.close_all(sessions)
+
+
+def _leave_several(token: Token[SessionStore | None]) -> list[tuple[DBConnect, AsyncSession]]:
+    """Leave and close the contexts from the current one out to that of the token; return what was in them."""
+    stores = _opened_since(token)
+    for store in stores:
+        leave(store)
+    return [entry for store in stores for entry in store.close()]
 
 
 def _opened_since(token: Token[SessionStore | None]) -> list[SessionStore]:

@@ -15,6 +15,10 @@ from ._connection import DBConnect
 from ._errors import closed_context, context_already_open, no_context
 from ._first_session import first_session, first_session_nowait
 
+# Of all contexts with fewer than two sessions, and never written to.
+_NO_CONNECTIONS: dict[int, DBConnect] = {}
+_NO_SESSIONS: dict[int, AsyncSession] = {}
+
 
 @final
 class SessionStore:
@@ -26,13 +30,15 @@ class SessionStore:
         manual: the context was opened by hand and not by the middleware, which respects it then.
     """
 
-    # Most contexts hold one session: it has slots of its own, and a dict comes with the second.
-    __slots__ = ("__weakref__", "_closed", "_connection", "_manual", "_rest", "_session", "_token")
+    # Most contexts hold one session: it has slots of its own.  The others come with the second, by the id of
+    # their connection; two dicts, because the sessions alone are looked up faster than in pairs.
+    __slots__ = ("__weakref__", "_closed", "_connection", "_connections", "_manual", "_session", "_sessions", "_token")
 
     def __init__(self, manual: bool = False) -> None:
         self._connection: DBConnect | None = None
         self._session: AsyncSession | None = None
-        self._rest: dict[int, tuple[DBConnect, AsyncSession]] | None = None
+        self._connections = _NO_CONNECTIONS
+        self._sessions = _NO_SESSIONS
         self._manual = manual
         self._closed = False
         self._token: Token[SessionStore | None] | None = None
@@ -61,13 +67,7 @@ class SessionStore:
 
     def get(self, connection: DBConnect) -> AsyncSession | None:
         """Return the session of this connection, or None."""
-        if self._connection is connection:
-            return self._session
-        if self._rest is not None:
-            entry = self._rest.get(id(connection))
-            if entry is not None:
-                return entry[1]
-        return None
+        return self._session if self._connection is connection else self._sessions.get(id(connection))
 
     def put(self, connection: DBConnect, session: AsyncSession) -> None:
         """Set the session of this connection; a replaced one keeps its place in the order.
@@ -77,47 +77,51 @@ class SessionStore:
         """
         if self._closed:
             raise closed_context()
-        if self._connection is None or self._connection is connection:
+        if self._connection is connection or self._connection is None:
             self._connection, self._session = connection, session
             return
-        if self._rest is None:
-            self._rest = {}
-        self._rest[id(connection)] = (connection, session)
+        if not self._sessions:
+            self._connections, self._sessions = {}, {}
+        self._connections[id(connection)] = connection
+        self._sessions[id(connection)] = session
 
     def pop(self, connection: DBConnect) -> AsyncSession | None:
         """Remove and return the session of this connection, or return None."""
-        if self._connection is connection:
-            session = self._session
-            self._connection = self._session = None
-            if self._rest:
-                self._connection, self._session = self._rest.pop(next(iter(self._rest)))
-            return session
-        if self._rest is not None:
-            entry = self._rest.pop(id(connection), None)
-            if entry is not None:
-                return entry[1]
-        return None
+        if self._connection is not connection:
+            if id(connection) in self._sessions:
+                del self._connections[id(connection)]
+                return self._sessions.pop(id(connection))
+            return None
+        session = self._session
+        self._connection = self._session = None
+        if self._sessions:
+            key = next(iter(self._sessions))
+            self._connection, self._session = self._connections.pop(key), self._sessions.pop(key)
+        return session
 
     def items(self) -> list[tuple[DBConnect, AsyncSession]]:
         """Return the connections and their sessions, in the order in which they came."""
         if self._connection is None or self._session is None:
             return []
         first = (self._connection, self._session)
-        return [first, *self._rest.values()] if self._rest else [first]
+        if not self._sessions:
+            return [first]
+        return [first, *zip(self._connections.values(), self._sessions.values(), strict=True)]
 
     def clear(self) -> list[tuple[DBConnect, AsyncSession]]:
         """Remove everything, and return what ``items()`` would have."""
         items = self.items()
-        self._connection = self._session = self._rest = None
+        self._connection = self._session = None
+        self._connections, self._sessions = _NO_CONNECTIONS, _NO_SESSIONS
         return items
 
     def close(self) -> list[tuple[DBConnect, AsyncSession]]:
         """Close the context for good, remove everything, and return what ``items()`` would have."""
         self._closed = True
-        return self.clear()
+        return self.clear() if self._connection is not None else []
 
     def __len__(self) -> int:
-        return (self._connection is not None) + (0 if self._rest is None else len(self._rest))
+        return (self._connection is not None) + len(self._sessions)
 
     def __repr__(self) -> str:
         return f"<SessionStore {'closed' if self._closed else 'open'}, sessions: {len(self)}>"
@@ -125,16 +129,16 @@ class SessionStore:
 
 _current: ContextVar[SessionStore | None] = ContextVar("ctxalchemy", default=None)
 
-
-def current() -> SessionStore | None:
-    """Return the current context, open or closed, or None."""
-    return _current.get()
+# Looking these up takes longer than calling them.
+_set, _reset = _current.set, _current.reset
+current = _current.get
+"""Return the current context, open or closed, or None."""
 
 
 def enter(manual: bool = False) -> SessionStore:
     """Open a context, make it the current one, and return it."""
     store = SessionStore(manual)
-    store._token = _current.set(store)
+    store._token = _set(store)
     return store
 
 
@@ -148,7 +152,7 @@ def leave(store: SessionStore) -> None:
     token = store._token
     if token is None:
         raise RuntimeError("this database session context has been left already")
-    _current.reset(token)
+    _reset(token)
     store._token = None
 
 
@@ -173,16 +177,17 @@ def init_db_session_ctx(force: bool = False) -> Token[SessionStore | None]:
         ... finally:
         ...     await reset_db_session_ctx(token)
     """
-    if not force and is_context_initiated():
+    outer = current()
+    if outer is not None and not outer._closed and not force:
         raise context_already_open()
-    token = enter(True).token
-    assert token is not None
+    store = SessionStore(True)
+    store._token = token = _set(store)
     return token
 
 
 def is_context_initiated() -> bool:
     """Return whether an open context is current."""
-    store = _current.get()
+    store = current()
     return store is not None and not store._closed
 
 
@@ -202,12 +207,10 @@ async def db_session(connect: DBConnect) -> AsyncSession:
         >>> session = await db_session(connection)
         >>> await session.execute(select(User))
     """
-    store = _current.get()
+    store = current()
     if store is None:
         raise no_context()
-    if store._connection is connect and store._session is not None:
-        return store._session
-    session = store.get(connect)
+    session = store._session if store._connection is connect else store._sessions.get(id(connect))
     if session is None:
         session = await first_session(store, connect)
     return session
@@ -229,12 +232,10 @@ def db_session_nowait(connect: DBConnect) -> AsyncSession:
         >>> session = db_session_nowait(connection)
         >>> session.add(user)
     """
-    store = _current.get()
+    store = current()
     if store is None:
         raise no_context()
-    if store._connection is connect and store._session is not None:
-        return store._session
-    session = store.get(connect)
+    session = store._session if store._connection is connect else store._sessions.get(id(connect))
     if session is None:
         session = first_session_nowait(store, connect)
     return session

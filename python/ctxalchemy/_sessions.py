@@ -155,7 +155,10 @@ def put_db_session_to_context(connection: DBConnect, session: AsyncSession) -> N
     """
     if not isinstance(connection, DBConnect):
         raise TypeError(f"expected a DBConnect, got {type(connection).__name__}: {connection!r}")
-    _open_context().put(connection, session)
+    store = current()
+    if store is None:
+        raise no_context()
+    store.put(connection, session)
 
 
 def pop_db_session_from_context(connect: DBConnect) -> AsyncSession | None:

@@ -17,7 +17,7 @@ pub use coroutine::{Coroutine, Sent, State};
 pub use function::{Body, function};
 pub use object::Object;
 pub use store::Store;
-pub use var::{current, reset, set};
+pub use var::{current, current_function, reset, set};
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr;

@@ -18,6 +18,12 @@ pub fn install(py: Python<'_>) -> PyResult<()> {
     Ok(())
 }
 
+/// A function that returns the value of the variable.
+pub fn current_function(py: Python<'_>) -> PyResult<Bound<'_, PyAny>> {
+    // SAFETY: the variable is an object.
+    unsafe { Bound::from_borrowed_ptr(py, VAR.get()) }.getattr("get")
+}
+
 /// The value of the variable: a `Store` or None, unless someone dug it out of a token and set it.
 #[inline(always)]
 pub fn current(py: Python<'_>) -> Outcome<'_> {
