@@ -28,7 +28,7 @@ test:  ## Run the tests on both backends, with a throw-away PostgreSQL.  ARGS="-
 	@$(POSTGRES) $(VENV_PYTHON) -m pytest -p scripts.both_backends $(ARGS)
 
 lint:  ## Run all linters and type checkers, on the Python and the Rust.
-	@$(SET_UP) --need-native test lint
+	@$(SET_UP) --need-native test bench lint
 	@$(MAKE) --no-print-directory --keep-going $(LINTERS)
 
 test-all:  ## Run the tests with every Python at hand, on SQLAlchemy 2.0 and 2.1, and print a table.

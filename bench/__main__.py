@@ -54,7 +54,7 @@ def main() -> None:
                 quick = ["--quick"] if arguments.quick else []
                 subprocess.run([sys.executable, "-m", "bench", name, *quick], check=True)
             print(f"({name}: {time.monotonic() - started:.0f} s)", flush=True)
-    report.write()
+    report.write(arguments.quick)
 
 
 if __name__ == "__main__":

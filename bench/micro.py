@@ -1,6 +1,6 @@
 """Single operations, in nanoseconds net of an empty loop, beside the floors of the interpreter.
 
-The minimum of many rounds, taken in turns.  ``test_micro.py`` runs the same cases under pytest-benchmark.
+The median of many rounds, taken in turns.  ``test_micro.py`` runs the same cases under pytest-benchmark.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import repeat
+from statistics import median
 from time import perf_counter_ns
 from types import ModuleType
 from typing import Any
@@ -200,7 +201,7 @@ def run(quick: bool = False) -> None:
         samples = in_turns(measures, 20 if quick else 100)
     for case, kind in samples:
         if kind == "full":
-            net = min(samples[case, "full"]) - min(samples[case, "empty"])
+            net = median(samples[case, "full"]) - median(samples[case, "empty"])
             figures.setdefault(case.operation, {})[case.library] = round(net, 1)
     figures[BYTES] = memory.all_bytes()
     save("micro", figures, libraries.backends())

@@ -23,6 +23,8 @@ from .request import NO_SESSION, SELECT, UNUSED
 from .scaling import OWN
 
 REPORT = Path(__file__).with_name("REPORT.md")
+README = Path(__file__).parents[1] / "README.md"
+README_BLOCK = ("<!-- Written by `make bench`: -->\n", "<!-- until here. -->\n")
 
 Row = Mapping[str, float]
 Rows = Mapping[str, Row]
@@ -38,7 +40,7 @@ The fastest of a row is **bold**.
 """
 
 MICRO = """\
-Net nanoseconds: the minimum of many rounds, without the empty loop around it. A dash: the library has no
+Net nanoseconds: the median of many rounds, less that of the empty loop. A dash: the library has no
 such operation. context-async-sqlalchemy's row for `db_session_nowait` is its awaited lookup, the only one
 it has. For ctxalchemy, "as the middleware does it" is `enter()` and `leave()`; for context-async-sqlalchemy
 it is the public `init_db_session_ctx()` and `reset_db_session_ctx(with_close=False)`, which closes as little.
@@ -60,12 +62,29 @@ Executed instructions under callgrind, as a ratio to a reference loop counted in
 """
 
 
-def write() -> None:
-    """Write the report on all results that are there."""
+def write(quick: bool = False) -> None:
+    """Write the report on all results that are there, and what the README says of them; not that of a trial."""
     runs = _results()
     sections = [INTRODUCTION, *_sections(runs)]
     REPORT.write_text("\n".join(section.rstrip() + "\n" for section in sections), encoding="utf-8")
+    if runs and not quick:
+        before, rest = README.read_text(encoding="utf-8").split(README_BLOCK[0])
+        _, after = rest.split(README_BLOCK[1])
+        README.write_text(before + _in_short(runs).join(README_BLOCK) + after, encoding="utf-8")
     print(f"\n{REPORT.name} is written, from the results of {', '.join(runs) or 'nothing'}")
+
+
+def _in_short(runs: dict[str, Figures]) -> str:
+    """What the README says: a few rows, each competitor's figure for each interpreter."""
+    names = [NATIVE, PYTHON, PEER, PEER_FASTAPI, ADVANCED, BY_HAND]
+    lines = []
+    for title, values, digits in SHORT:
+        for interpreter, parts in runs.items():
+            row = values(parts)
+            if NATIVE in row:
+                cells = (f"{row[name]:,.{digits}f}" if name in row else "-" for name in names)
+                lines.append([f"{title}, {interpreter}", *cells])
+    return f"\n{_markdown(['', *names], lines)}\n"
 
 
 def _sections(runs: dict[str, Figures]) -> Iterator[str]:
@@ -264,6 +283,20 @@ def _over(parts: Figures) -> dict[str, float]:
 
 def _http(parts: Figures) -> dict[str, float]:
     return {name: each["cpu_us"] for name, each in _figures(parts, "http").items()}
+
+
+def _select(parts: Figures) -> dict[str, float]:
+    costs = _figures(parts, "request").get(f"{SELECT}, PostgreSQL", {})
+    return {name: cost["cpu"] / 1e3 for name, cost in costs.items()}
+
+
+# The rows of the README.
+SHORT: tuple[tuple[str, Callable[[Figures], Row], int], ...] = (
+    ("`await db_session(c)`, there already: ns", _hit, 0),
+    ("request without a session, over the bare application: us", _over, 2),
+    ("request with one select on PostgreSQL: us of CPU", _select, 0),
+    ("the same over HTTP, FastAPI on uvicorn: us of CPU", _http, 0),
+)
 
 
 def _chart(runs: dict[str, Figures], name: str, title: str, values: Callable[[Figures], Row]) -> str | None:
