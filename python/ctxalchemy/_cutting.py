@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
-from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.util import await_only
 from sqlalchemy.util.concurrency import in_greenlet
 
-from ._lost import is_being_given_up, pool_entry
+from ._lost import pool_entry
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -54,18 +53,6 @@ def cut(connection: Connection) -> None:
         # The pool has forgotten it, and would not close it.
         connection.dialect.do_terminate(dbapi_connection)
     connection.invalidate()
-
-
-def wait_for_other_cut(connection: Connection) -> None:
-    """Wait while another task gives the connection up.
-
-    Were it returned to the pool under that task, the pool would drop whatever has taken its place.
-    """
-    deadline = monotonic() + 2 * PATIENCE
-    while not connection.closed and not connection.invalidated and is_being_given_up(connection):
-        if monotonic() > deadline or not in_greenlet():
-            return
-        await_only(asyncio.sleep(0.005))
 
 
 async def _end_psycopg(connection: Any) -> None:

@@ -1,12 +1,16 @@
-"""Transactions that are lost, where the driver would report their commit as a success."""
+"""What gets lost on the way: transactions whose commit the driver would report as a success, and connections."""
 
 from __future__ import annotations
 
+import asyncio
+from time import monotonic
 from typing import TYPE_CHECKING, cast
 from weakref import WeakSet
 
 from sqlalchemy import Connection, event
 from sqlalchemy.exc import InvalidRequestError
+from sqlalchemy.util import await_only
+from sqlalchemy.util.concurrency import in_greenlet
 
 if TYPE_CHECKING:
     from sqlalchemy import ExceptionContext
@@ -16,6 +20,8 @@ if TYPE_CHECKING:
 
 _erred: WeakSet[Connection] = WeakSet()
 _GIVEN_UP = "ctxalchemy: given up"
+_PATIENCE = 4.0
+"""Seconds for another task to close a connection: twice what SQLAlchemy gives asyncpg for it."""
 
 
 def watch(engine: AsyncEngine) -> None:
@@ -24,18 +30,33 @@ def watch(engine: AsyncEngine) -> None:
 
     def give_up(_dbapi_connection: object, entry: ConnectionPoolEntry, _error: object) -> None:
         entry.info[_GIVEN_UP] = True
-        # From now on the commits of others are watched too: those of the application's own.
+        # From now on the application's own commits and rollbacks are watched too.
         if not event.contains(sync_engine, "commit", raise_if_ended):
             event.listen(sync_engine, "commit", raise_if_ended)
+            event.listen(sync_engine, "rollback", wait_until_given_up)
 
     event.listen(sync_engine, "invalidate", give_up)
-    if engine.dialect.name == "postgresql":
-        event.listen(sync_engine, "handle_error", _remember)
+    event.listen(sync_engine, "handle_error", _remember)
 
 
 def _remember(context: ExceptionContext) -> None:
-    if context.connection is not None:
-        _erred.add(context.connection)
+    connection = context.connection
+    if connection is None or connection.closed or connection.invalidated:
+        return
+    if is_being_given_up(connection):
+        # SQLAlchemy would close it a second time, and when the first closing is over, drop what has taken its place.
+        context.is_disconnect = False
+    elif context.dialect.name == "postgresql":
+        _erred.add(connection)
+        if context.statement is None and was_busy(context.original_exception):
+            # SQLAlchemy would return it to the pool in the middle of another task's statement.
+            context.is_disconnect = True
+            context.invalidate_pool_on_disconnect = False
+
+
+def was_busy(error: BaseException) -> bool:
+    """Return whether asyncpg says that another task is in the middle of a statement, or fetching from a cursor."""
+    return "another operation is in progress" in str(error)
 
 
 def raise_if_lost(connection: Connection) -> None:
@@ -50,13 +71,23 @@ def raise_if_lost(connection: Connection) -> None:
 
 def raise_if_ended(connection: Connection) -> None:
     """Raise where the database connection was given up behind the transaction, which asyncpg forgets then."""
-    entry = pool_entry(connection)
-    if entry is not None and (
-        entry.dbapi_connection is not connection.connection.dbapi_connection or entry.info.get(_GIVEN_UP)
-    ):
+    if not connection.invalidated and _is_given_up(connection):
+        wait_until_given_up(connection)
         raise InvalidRequestError(
             "this transaction cannot be committed: its database connection was closed while it was open"
         )
+
+
+def wait_until_given_up(connection: Connection) -> None:
+    """Wait while another task gives the connection up.
+
+    Were it returned to the pool under that task, the pool would drop whatever has taken its place.
+    """
+    deadline = monotonic() + _PATIENCE
+    while not connection.closed and not connection.invalidated and is_being_given_up(connection):
+        if monotonic() > deadline or not in_greenlet():
+            return
+        await_only(asyncio.sleep(0.005))
 
 
 def is_being_given_up(connection: Connection) -> bool:
@@ -66,6 +97,13 @@ def is_being_given_up(connection: Connection) -> bool:
         entry is not None
         and entry.dbapi_connection is connection.connection.dbapi_connection
         and bool(entry.info.get(_GIVEN_UP))
+    )
+
+
+def _is_given_up(connection: Connection) -> bool:
+    entry = pool_entry(connection)
+    return entry is not None and (
+        entry.dbapi_connection is not connection.connection.dbapi_connection or bool(entry.info.get(_GIVEN_UP))
     )
 
 

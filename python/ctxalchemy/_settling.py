@@ -17,10 +17,10 @@ from sqlalchemy.orm import Session
 from sqlalchemy.orm.session import _SessionCloseState
 from sqlalchemy.util import greenlet_spawn
 
-from ._cutting import cut, is_busy, wait_for_other_cut
+from ._cutting import cut, is_busy
 from ._errors import PartialCommitError, closed_context
 from ._finishing import add_note, finish
-from ._lost import pool_entry, raise_if_lost
+from ._lost import pool_entry, raise_if_lost, wait_until_given_up, was_busy
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Dialect
@@ -225,7 +225,7 @@ async def rollback_session(session: AsyncSession) -> None:
         await _invalidate_after(error, session)
         if isinstance(error, Exception):
             await finish(greenlet_spawn(_give_up, held))
-        if not _was_busy(error):
+        if not (isinstance(error, DBAPIError) and was_busy(error)):
             raise
 
 
@@ -358,7 +358,7 @@ def _rollback(session: Session, why: Callable[[], Exception] = _rolled_back) -> 
             _abandon(session, why)
             return
         _give_up(held)
-        if not _was_busy(error):
+        if not (isinstance(error, DBAPIError) and was_busy(error)):
             raise
 
 
@@ -384,7 +384,7 @@ def _cut_busy(session: Session) -> list[_Held]:
     for connection in _own_connections(session):
         if connection.invalidated:
             continue
-        wait_for_other_cut(connection)
+        wait_until_given_up(connection)
         if connection.closed or connection.invalidated:
             continue
         if is_busy(connection):
@@ -414,7 +414,7 @@ def _invalidate(session: Session, others: Iterable[Connection] = ()) -> None:
             continue
         try:
             if not connection.invalidated:
-                wait_for_other_cut(connection)
+                wait_until_given_up(connection)
             cut(connection)
         except BaseException as error:
             failures.append(error)
@@ -451,11 +451,6 @@ def _check_connections(session: Session) -> None:
 def _is_concurrent(error: BaseException) -> bool:
     """Whether SQLAlchemy says that another task is just getting a connection for the session, or settling it."""
     return isinstance(error, InvalidRequestError) and error.code == "isce"
-
-
-def _was_busy(error: BaseException) -> bool:
-    """Whether asyncpg says that another task is in the middle of fetching from a server-side cursor."""
-    return isinstance(error, DBAPIError) and "another operation is in progress" in str(error.orig)
 
 
 def _abandon(session: Session, why: Callable[[], Exception]) -> None:

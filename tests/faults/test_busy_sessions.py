@@ -720,3 +720,74 @@ async def test_a_task_adds_a_session_while_others_are_being_rolled_back(
     assert await checked_out(other) == 0
     await connection.close()
     await assert_whole(ctxalchemy, database, other, notes=[])
+
+
+# --- what the application itself does to a session that another task is busy on -----------------------
+
+
+async def test_statements_of_one_session_that_are_cancelled_at_once_close_its_connection_once(
+    ctxalchemy: ModuleType, database: Database, connection: Any
+) -> None:
+    """Closed twice, it would take along the connection that the next request has got meanwhile."""
+    kept: list[Any] = []
+
+    async def work() -> None:
+        session = await ctxalchemy.db_session(connection)
+        await add_note(session, "undone")
+        async with asyncio.TaskGroup() as group:
+            for _ in range(3):
+                group.create_task(session.execute(text("SELECT pg_sleep(30)")))
+
+    async def next_in_line() -> None:
+        session = await ctxalchemy.db_session(connection)
+        await add_note(session, "written")
+        kept.append(await (await session.connection()).get_raw_connection())
+        await session.execute(text("SELECT pg_sleep(0.2)"))
+
+    async def is_sleeping() -> bool:
+        return await sleeping(database)
+
+    first = asyncio.create_task(ctxalchemy.run_in_new_ctx(work))
+    assert await eventually(is_sleeping)
+    second = asyncio.create_task(ctxalchemy.run_in_new_ctx(next_in_line))
+    await asyncio.sleep(0)
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    await second
+    await assert_whole(ctxalchemy, database, connection, notes=["written"])
+    # Nobody else has a connection open either.
+    await connection.close()
+    assert await database.backends() == []
+
+
+@pytest.mark.parametrize("steps", range(4))
+@pytest.mark.parametrize("how", ["rollback", "commit", "close"])
+async def test_an_application_that_ends_a_session_itself_while_another_task_is_busy_on_it_poisons_no_pool(
+    ctxalchemy: ModuleType, database: Database, connection: Any, how: str, steps: int
+) -> None:
+    """Whether the task's statement goes on, or is cancelled and its connection being closed."""
+
+    async def work() -> None:
+        session = await ctxalchemy.db_session(connection)
+        await add_note(session, "undone")
+        task = asyncio.create_task(session.execute(text("SELECT pg_sleep(30)")))
+
+        async def is_sleeping() -> bool:
+            return await sleeping(database)
+
+        assert await eventually(is_sleeping)
+        task.cancel()
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        with contextlib.suppress(DBAPIError, InvalidRequestError):
+            await getattr(session, how)()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        raise LookupError("the application")
+
+    with pytest.raises(LookupError):
+        await ctxalchemy.run_in_new_ctx(work)
+    await assert_whole(ctxalchemy, database, connection, notes=[])
+    await connection.close()
+    assert await database.backends() == []
