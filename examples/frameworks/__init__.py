@@ -1,0 +1,1 @@
+"""One small service in several frameworks, and without one."""
