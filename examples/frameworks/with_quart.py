@@ -26,4 +26,4 @@ async def list_notes() -> ResponseReturnValue:
 
 
 # Quart's own way to add ASGI middleware: its type is that of a method.
-app.asgi_app = ASGIHTTPDBSessionMiddleware(app.asgi_app)  # type: ignore[method-assign, assignment, arg-type]
+app.asgi_app = ASGIHTTPDBSessionMiddleware(app.asgi_app)  # type: ignore[method-assign]

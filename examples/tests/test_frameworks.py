@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from httpx import ASGITransport, AsyncClient
+from sqlalchemy import text
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
 EXAMPLES = Path(__file__).parents[1]
+FRAMEWORKS = ["with_fastapi", "with_starlette", "with_asgi", "with_litestar", "with_quart"]
 
 
 @pytest.fixture
@@ -38,7 +40,7 @@ async def client_of(app: Any) -> AsyncIterator[AsyncClient]:
     task = asyncio.create_task(app(scope, to_app.get, from_app.put))
     to_app.put_nowait({"type": "lifespan.startup"})
     assert (await from_app.get())["type"] == "lifespan.startup.complete"
-    async with AsyncClient(transport=ASGITransport(app), base_url="http://test") as client:
+    async with AsyncClient(transport=ASGITransport(app, raise_app_exceptions=False), base_url="http://test") as client:
         yield client
     to_app.put_nowait({"type": "lifespan.shutdown"})
     assert (await from_app.get())["type"] == "lifespan.shutdown.complete"
@@ -46,11 +48,22 @@ async def client_of(app: Any) -> AsyncIterator[AsyncClient]:
     await asyncio.wait([task])
 
 
-@pytest.mark.parametrize("name", ["with_fastapi", "with_starlette", "with_asgi", "with_litestar", "with_quart"])
+@pytest.mark.parametrize("name", FRAMEWORKS)
 async def test_a_framework(load: Callable[[str], Any], name: str) -> None:
     async with client_of(load(name).app) as client:
         assert (await client.post("/notes", params={"text": "hello"})).status_code == 201
         assert (await client.post("/notes", params={"text": ""})).status_code == 400
+        assert (await client.get("/notes")).json() == ["hello"]
+
+
+@pytest.mark.parametrize("name", FRAMEWORKS)
+async def test_a_commit_that_fails_is_no_success(load: Callable[[str], Any], name: str) -> None:
+    async with client_of(load(name).app) as client:
+        notes = sys.modules["frameworks.notes"]
+        async with notes.new_non_ctx_atomic_session(notes.connection) as session:
+            await session.execute(text("ALTER TABLE notes ADD UNIQUE (text) DEFERRABLE INITIALLY DEFERRED"))
+        assert (await client.post("/notes", params={"text": "hello"})).status_code == 201
+        assert (await client.post("/notes", params={"text": "hello"})).status_code == 500
         assert (await client.get("/notes")).json() == ["hello"]
 
 

@@ -106,17 +106,21 @@ async def project(pytester: pytest.Pytester, database_url: str, second_database_
 
 
 def run(project: pytest.Pytester, *arguments: str) -> pytest.RunResult:
-    return project.runpytest_subprocess("-p", "no:cacheprovider", *arguments)
+    # Without plugins that take long to load, and have nothing to do with it.
+    without = [argument for name in ("cacheprovider", "faker", "hypothesispytest") for argument in ("-p", f"no:{name}")]
+    return project.runpytest_subprocess(*without, *arguments)
 
 
-@pytest.mark.parametrize("parallel", [[], ["-n", "3"]], ids=["", "xdist"])
-@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize(
+    ("runner", "parallel"),
+    [*((runner, "") for runner in RUNNERS), ("asyncio-auto", "-n3"), ("anyio", "-n3")],
+)
 async def test_test_and_application_share_what_is_undone(
-    project: pytest.Pytester, database_url: str, second_database_url: str, runner: str, parallel: list[str]
+    project: pytest.Pytester, database_url: str, second_database_url: str, runner: str, parallel: str
 ) -> None:
     mark, fixture, options = RUNNERS[runner]
     project.makepyfile(test_it=dedent(TESTS).format(mark=mark, fixture=fixture))
-    run(project, *options, *parallel).assert_outcomes(passed=4)
+    run(project, *options, *parallel.split()).assert_outcomes(passed=4)
     assert await names(database_url) == await names(second_database_url) == []
 
 
@@ -131,7 +135,7 @@ async def test_a_context_keeps_what_a_test_did(project: pytest.Pytester, databas
 
 def test_connections_that_were_not_defined_are_asked_for(pytester: pytest.Pytester) -> None:
     pytester.makepyfile("async def test_it(shared_session): ...")
-    result = pytester.runpytest_subprocess("-o", "asyncio_mode=auto")
+    result = run(pytester, "-o", "asyncio_mode=auto")
     result.assert_outcomes(errors=1)
     result.stdout.fnmatch_lines(["*define a fixture db_connections in conftest.py*"])
 

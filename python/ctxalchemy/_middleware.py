@@ -15,7 +15,8 @@ Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+# Each framework has types of its own for them, stricter ones too; an application of any may be wrapped, or may wrap.
+ASGIApp = Callable[[Any, Any, Any], Awaitable[None]]
 CommitIf = Callable[[int], bool]
 
 _log = logging.getLogger("ctxalchemy")
@@ -64,7 +65,7 @@ class ASGIHTTPDBSessionMiddleware:
         self.commit_if: CommitIf = commit_if if commit_if is not None else is_success
         self.websocket = websocket
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Serve one ASGI connection."""
         kind = scope["type"]
         outer = current()
