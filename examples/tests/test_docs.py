@@ -68,6 +68,16 @@ async def test_the_code_of_a_page_works(page: Path, page_folder: Path) -> None:
         await run("\n" * line + code, str(page), target)
 
 
+def test_the_pages_that_errors_name_are_there() -> None:
+    sources = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "python").rglob("*.py")))
+    named = re.findall(r"""\bsee\(["']([^"'#]+)(?:#([^"']+))?""", sources)
+    assert len(named) > 5
+    for page, anchor in named:
+        headings = re.findall(r"^#+ (.+)$", (DOCS / page).read_text(encoding="utf-8"), re.MULTILINE)
+        slugs = [re.sub(r"[^\w]+", "-", heading.lower()).strip("-") for heading in headings]
+        assert not anchor or anchor in slugs, f"{page}#{anchor}"
+
+
 def module(name: str, path: Path | None = None) -> ModuleType:
     module = sys.modules[name] = ModuleType(name)
     if path is not None:

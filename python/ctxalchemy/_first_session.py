@@ -7,7 +7,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Protocol
 
 from ._connection import DBConnect
-from ._errors import SessionNotReadyError, closed_context
+from ._errors import SessionNotReadyError, closed_context, see
 from ._settling import close_session
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def first_session_nowait(store: Store, connect: DBConnect) -> AsyncSession:
     if connect.before_create_session_handler is not None:
         raise SessionNotReadyError(
             "there is no session yet, and before_create_session_handler has to be awaited to make it: "
-            "call 'await db_session(connect)' first"
+            "call 'await db_session(connect)' first" + see("guides/replicas.md")
         )
     try:
         asyncio.get_running_loop()
@@ -78,6 +78,7 @@ def first_session_nowait(store: Store, connect: DBConnect) -> AsyncSession:
         raise SessionNotReadyError(
             "there is no session yet, and a thread without an event loop cannot make it: "
             "call 'await db_session(connect)' first, outside the thread"
+            + see("faq.md#no-database-session-context-is-open-here")
         ) from None
     session = connect._create_session_nowait()
     store.put(connect, session)

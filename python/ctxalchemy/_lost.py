@@ -8,6 +8,8 @@ from weakref import WeakSet
 from sqlalchemy import Connection, event
 from sqlalchemy.exc import InvalidRequestError
 
+from ._errors import see
+
 if TYPE_CHECKING:
     from sqlalchemy import ExceptionContext
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -56,6 +58,7 @@ def raise_if_ended(connection: Connection) -> None:
     ):
         raise InvalidRequestError(
             "this transaction cannot be committed: its database connection was closed while it was open"
+            + see("what-happens-when.md")
         )
 
 

@@ -18,7 +18,7 @@ from sqlalchemy.orm.session import _SessionCloseState
 from sqlalchemy.util import greenlet_spawn
 
 from ._cutting import cut, is_busy, wait_for_other_cut
-from ._errors import PartialCommitError, closed_context
+from ._errors import PartialCommitError, closed_context, see
 from ._finishing import add_note, finish
 from ._lost import pool_entry, raise_if_lost
 
@@ -444,6 +444,7 @@ def _check_connections(session: Session) -> None:
             raise InvalidRequestError(
                 "this session cannot be committed: another task is in the middle of a statement on it; await "
                 "that task first, or give it a context of its own with run_in_new_ctx()"
+                + see("guides/concurrent-queries.md")
             )
         raise_if_lost(connection)
 
