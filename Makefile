@@ -53,11 +53,11 @@ format:  ## Format the Python and the Rust, and fix what the linter can.
 
 docs:  ## Build the documentation into site/.
 	@$(SET_UP) docs
-	@$(VENV_PYTHON) -m mkdocs build --quiet --strict
+	@NO_MKDOCS_2_WARNING=1 $(VENV_PYTHON) -m mkdocs build --quiet --strict
 
 docs-serve:  ## Show the documentation, and build it anew when it changes.
 	@$(SET_UP) docs
-	@$(VENV_PYTHON) -m mkdocs serve
+	@NO_MKDOCS_2_WARNING=1 $(VENV_PYTHON) -m mkdocs serve
 
 examples:  ## Run the tests of the examples, of the documentation's code, and of the pytest plugin.
 	@$(SET_UP) --need-native examples
