@@ -1,8 +1,8 @@
 """The code blocks of the documentation, run page by page.
 
 The blocks of a page share a namespace and an event loop, and may ``await`` at the top level.  A block with a title is
-also a file of that name, and, if it is Python, a module.  What is in ``<!-- run ... -->`` is run and not shown: it mostly checks what
-the blocks above it did.  A block that is not run has ``<!-- not run: why -->`` in the line above it.
+also a file of that name, and, if it is Python, a module.  What is in ``<!-- run ... -->`` is run and not shown: it
+mostly checks what the blocks above it did.  A block that is not run has ``<!-- not run: why -->`` in the line above it.
 """
 
 from __future__ import annotations

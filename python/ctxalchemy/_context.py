@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from contextvars import Token
 from typing import Any, ParamSpec, TypeVar
 
-from . import _settling
+from . import _settling, _telling
 from ._core import SessionStore, current, enter, leave
 
 P = ParamSpec("P")
@@ -42,6 +42,8 @@ async def reset_db_session_ctx(token: Token[SessionStore | None], with_close: bo
     for store in stores:
         # First, because this is what a token of another task fails at.
         leave(store)
+        if _telling.told:
+            _telling.closed(store)
     sessions = [session for store in stores for _, session in store.close()]
     if with_close:
         await _settling.close_all(sessions)
@@ -84,7 +86,10 @@ async def new_ctx() -> AsyncIterator[None]:
     try:
         yield
         await _settling.commit_all(store)
-        await _settling.close_all(session for _, session in store.close())
+        sessions = [session for _, session in store.close()]
+        if _telling.told:
+            _telling.closed(store)
+        await _settling.close_all(sessions)
     except BaseException as error:
         await _settling.abort(store, error)
         raise
