@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -68,6 +69,27 @@ async def test_the_code_of_a_page_works(page: Path, page_folder: Path) -> None:
             target = module(path.stem, path)
         assert block["hidden"] or block["language"] == "python", f"{where}: neither Python nor marked as not run"
         await run("\n" * line + code, str(page), target)
+
+
+def test_the_readme_works(page_folder: Path) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    titled = {block["title"]: block["code"] for block in BLOCK.finditer(text) if block["title"]}
+    assert titled.keys() == {"app.py", "test_app.py"}
+    for name, code in titled.items():
+        (page_folder / name).write_text(code, encoding="utf-8")
+    fixture = """
+        import pytest
+        from app import app, lifespan
+
+        @pytest.fixture(autouse=True)
+        async def running():
+            async with lifespan(app):
+                yield
+    """
+    (page_folder / "conftest.py").write_text(inspect.cleandoc(fixture), encoding="utf-8")
+    options = ["-o", "asyncio_mode=auto", "-o", "asyncio_default_fixture_loop_scope=function"]
+    ran = subprocess.run([sys.executable, "-m", "pytest", "-q", *options], check=False, capture_output=True, text=True)
+    assert "1 passed" in ran.stdout, ran.stdout + ran.stderr
 
 
 def test_the_pages_that_errors_name_are_there() -> None:
