@@ -112,15 +112,16 @@ async def test_a_warning_names_the_task_that_uses_the_session(
         await asyncio.sleep(9)
         await session.rollback()
 
+    tasks: list[asyncio.Task[None]] = []
     with suppress(LookupError):
         async with ctxalchemy.new_ctx():
             await add_note(await ctxalchemy.db_session(connection), "note")
-            idle = asyncio.create_task(bystander(), name="idle")
-            task = asyncio.create_task(write_report(), name="report")
+            tasks.append(asyncio.create_task(write_report(), name="report"))
+            tasks.append(asyncio.create_task(bystander(), name="idle"))
             assert await eventually(lambda: sleeping(database))
             raise LookupError
-    idle.cancel()
-    results = await asyncio.gather(task, idle, return_exceptions=True)
+    tasks[-1].cancel()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
     assert all(isinstance(result, BaseException) for result in results)
     (warning,) = [record for record in caplog.records if record.name == "ctxalchemy"]
     assert warning.levelno == logging.WARNING
