@@ -17,7 +17,7 @@ EXTENSIONS := python/ctxalchemy/_native*.so python/ctxalchemy/_native*.pyd
 LINTERS := ruff-check ruff-format mypy pyright stubtest verifytypes rustfmt clippy cargo-test
 
 .DEFAULT_GOAL := help
-.PHONY: help test test-all wheels memcheck lint format demo serve soak bench bench-gate bench-gate-update clean $(LINTERS)
+.PHONY: help test test-all wheels memcheck lint format docs docs-serve examples demo serve soak bench bench-gate bench-gate-update clean $(LINTERS)
 
 help:  ## List the targets.
 	@echo 'PYTHON=python3.13 picks the interpreter, wherever the default python3 is not the one to use.'
@@ -28,7 +28,7 @@ test:  ## Run the tests on both backends, with a throw-away PostgreSQL.  ARGS="-
 	@$(POSTGRES) $(VENV_PYTHON) -m pytest -p scripts.both_backends $(ARGS)
 
 lint:  ## Run all linters and type checkers, on the Python and the Rust.
-	@$(SET_UP) --need-native test bench lint
+	@$(SET_UP) --need-native test examples bench lint
 	@$(MAKE) --no-print-directory --keep-going $(LINTERS)
 
 test-all:  ## Run the tests with every Python at hand, on SQLAlchemy 2.0 and 2.1, and print a table.
@@ -50,6 +50,18 @@ format:  ## Format the Python and the Rust, and fix what the linter can.
 	$(VENV_PYTHON) -m ruff check --fix-only .
 	$(VENV_PYTHON) -m ruff format .
 	cargo fmt --all
+
+docs:  ## Build the documentation into site/.
+	@$(SET_UP) docs
+	@NO_MKDOCS_2_WARNING=1 $(VENV_PYTHON) -m mkdocs build --quiet --strict
+
+docs-serve:  ## Show the documentation, and build it anew when it changes.
+	@$(SET_UP) docs
+	@NO_MKDOCS_2_WARNING=1 $(VENV_PYTHON) -m mkdocs serve
+
+examples:  ## Run the tests of the examples, of the documentation's code, and of the pytest plugin.
+	@$(SET_UP) --need-native examples
+	@$(POSTGRES) $(VENV_PYTHON) -m pytest examples/tests $(ARGS)
 
 demo:  ## Run the example, over SQLite or over DATABASE_URL.
 	@$(SET_UP) demo
@@ -77,7 +89,7 @@ bench-gate-update:  ## Renew the committed instruction ratios of this Python.
 	@$(VENV_PYTHON) -m bench.instructions --update
 
 clean:  ## Remove everything that was built, the environment included.
-	rm -rf .venv target dist .mypy_cache .pytest_cache .ruff_cache $(EXTENSIONS)
+	rm -rf .venv target dist site .mypy_cache .pytest_cache .ruff_cache $(EXTENSIONS)
 	find python scripts tests examples -name __pycache__ -prune -exec rm -rf {} +
 
 # The parts of `make lint`, which sets up what they need.

@@ -218,8 +218,10 @@ class DBConnect:
         return turn
 
     def __repr__(self) -> str:
-        state = "connected" if self._engines else "not connected"
-        return f"<DBConnect host={self.host!r}, {state}>"
+        # What tells two databases on one host apart; not the URL, which has the password in more than one place.
+        for engine in self._engines.values():
+            return f"<DBConnect host={self.host!r}, database={engine.engine.url.database!r}, connected>"
+        return f"<DBConnect host={self.host!r}, not connected>"
 
 
 class _Engine:

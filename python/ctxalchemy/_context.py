@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from contextvars import Token
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from . import _settling
+from . import _settling, _telling
 from ._core import SessionStore, current, enter, leave
 
 if TYPE_CHECKING:
@@ -47,6 +47,8 @@ async def reset_db_session_ctx(token: Token[SessionStore | None], with_close: bo
     if store is not None and store.token is token is not None:
         # First, because this is what a token of another task fails at.
         leave(store)
+        if _telling.told:
+            _telling.closed(store)
         entries = store.close()
     else:
         entries = _leave_several(token)
@@ -59,6 +61,8 @@ def _leave_several(token: Token[SessionStore | None]) -> list[tuple[DBConnect, A
     stores = _opened_since(token)
     for store in stores:
         leave(store)
+        if _telling.told:
+            _telling.closed(store)
     return [entry for store in stores for entry in store.close()]
 
 
@@ -99,7 +103,10 @@ async def new_ctx() -> AsyncIterator[None]:
     try:
         yield
         await _settling.commit_all(store)
-        await _settling.close_all(session for _, session in store.close())
+        sessions = [session for _, session in store.close()]
+        if _telling.told:
+            _telling.closed(store)
+        await _settling.close_all(sessions)
     except BaseException as error:
         await _settling.abort(store, error)
         raise

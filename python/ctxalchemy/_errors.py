@@ -8,6 +8,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ._connection import DBConnect
 
+DOCUMENTATION = "docs/"
+"""Where the pages are: in the repository.  Once they are published: their address."""
+
+
+def see(page: str) -> str:
+    """The end of a message: where to read on."""
+    return f"; see {DOCUMENTATION}{page}"
+
 
 class ContextNotInitiatedError(RuntimeError):
     """No context is current where one is needed."""
@@ -45,6 +53,7 @@ class PartialCommitError(RuntimeError):
         return (
             f"{len(self.committed)} session(s) had been committed when the commit of another failed; "
             f"committed: {_names(self.committed)}; not committed: {_names(self.failed)}"
+            + see("guides/several-databases.md")
         )
 
 
@@ -57,6 +66,7 @@ def no_context() -> ContextNotInitiatedError:
     return ContextNotInitiatedError(
         "no database session context is open here: add the middleware to the application, "
         "or use run_in_new_ctx(), new_ctx() or init_db_session_ctx()"
+        + see("faq.md#no-database-session-context-is-open-here")
     )
 
 
@@ -65,6 +75,7 @@ def closed_context() -> ContextClosedError:
     return ContextClosedError(
         "the database session context has closed: this code outlived the request it was started in; "
         "give it a context of its own with run_in_new_ctx() or new_ctx()"
+        + see("guides/streams-and-background-tasks.md#a-task-that-outlives-its-request")
     )
 
 
@@ -72,4 +83,5 @@ def context_already_open() -> ContextAlreadyInitiatedError:
     """The error for opening a context while one is open."""
     return ContextAlreadyInitiatedError(
         "a database session context is already open here: reset it first, or pass force=True to nest another"
+        + see("api.md#contexts")
     )

@@ -7,8 +7,9 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Protocol
 
 from ._connection import DBConnect
-from ._errors import SessionNotReadyError, closed_context
+from ._errors import SessionNotReadyError, closed_context, see
 from ._settling import close_session
+from ._telling import DEBUG, is_enabled, session_made
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
@@ -36,6 +37,8 @@ async def first_session(store: Store, connect: DBConnect) -> AsyncSession:
     if connect.before_create_session_handler is None:
         session = connect._create_session_nowait()
         store.put(connect, session)
+        if is_enabled(DEBUG):
+            session_made(store, connect)
         return session
     turn = connect._turn(store)
     if turn.locked() and turn in _preparing.get():
@@ -61,6 +64,8 @@ async def first_session(store: Store, connect: DBConnect) -> AsyncSession:
             await close_session(session)
             return put_meanwhile
         store.put(connect, session)
+        if is_enabled(DEBUG):
+            session_made(store, connect)
         return session
 
 
@@ -70,7 +75,7 @@ def first_session_nowait(store: Store, connect: DBConnect) -> AsyncSession:
     if connect.before_create_session_handler is not None:
         raise SessionNotReadyError(
             "there is no session yet, and before_create_session_handler has to be awaited to make it: "
-            "call 'await db_session(connect)' first"
+            "call 'await db_session(connect)' first" + see("guides/replicas.md")
         )
     try:
         asyncio.get_running_loop()
@@ -78,9 +83,12 @@ def first_session_nowait(store: Store, connect: DBConnect) -> AsyncSession:
         raise SessionNotReadyError(
             "there is no session yet, and a thread without an event loop cannot make it: "
             "call 'await db_session(connect)' first, outside the thread"
+            + see("faq.md#no-database-session-context-is-open-here")
         ) from None
     session = connect._create_session_nowait()
     store.put(connect, session)
+    if is_enabled(DEBUG):
+        session_made(store, connect)
     return session
 
 

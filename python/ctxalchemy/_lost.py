@@ -12,6 +12,8 @@ from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.util import await_only
 from sqlalchemy.util.concurrency import in_greenlet
 
+from ._errors import see
+
 if TYPE_CHECKING:
     from sqlalchemy import ExceptionContext
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -75,6 +77,7 @@ def raise_if_ended(connection: Connection) -> None:
         wait_until_given_up(connection)
         raise InvalidRequestError(
             "this transaction cannot be committed: its database connection was closed while it was open"
+            + see("what-happens-when.md")
         )
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, NoReturn
 
-from . import _settling
+from . import _settling, _telling
 from ._core import SessionStore, current, enter, leave
 from ._settling import BeforeCommitCallback
 
@@ -15,10 +14,9 @@ Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+# Each framework has types of its own for them, stricter ones too; an application of any may be wrapped, or may wrap.
+ASGIApp = Callable[[Any, Any, Any], Awaitable[None]]
 CommitIf = Callable[[int], bool]
-
-_log = logging.getLogger("ctxalchemy")
 
 _SCOPE_KEY = "ctxalchemy"
 # The message that has the body of a response, or its last part; two are of ASGI's extensions.
@@ -64,7 +62,7 @@ class ASGIHTTPDBSessionMiddleware:
         self.commit_if: CommitIf = commit_if if commit_if is not None else is_success
         self.websocket = websocket
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Serve one ASGI connection."""
         kind = scope["type"]
         outer = current()
@@ -85,8 +83,11 @@ class ASGIHTTPDBSessionMiddleware:
                 await self.app(scope, receive, send)
                 await _settling.commit_all(store, self.before_commit)
             entries = store.close()
-            if entries and (sessions := _settling.close_idle(entries)):
-                await _settling.close_all(sessions)
+            if entries:
+                if _telling.told:
+                    _telling.closed(store)
+                if sessions := _settling.close_idle(entries):
+                    await _settling.close_all(sessions)
         except BaseException as error:
             await _settling.abort(store, error)
             raise
@@ -149,7 +150,7 @@ class _Response:
             self._raise_failure(self.failure)
         else:
             if self._started:
-                _log.warning("a response was cut off in its body: what was done since its start is rolled back")
+                _telling.log.warning("a response was cut off in its body: what was done since its start is rolled back")
             await _settling.rollback_all(self._store)
 
     @staticmethod

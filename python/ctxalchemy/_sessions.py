@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from . import _settling
 from ._connection import DBConnect
 from ._core import SessionStore, current, db_session
-from ._errors import closed_context, no_context
+from ._errors import closed_context, no_context, see
 from ._settling import BeforeCommitCallback
 
 CurrentTransaction = Literal["commit", "rollback", "append", "raise"]
@@ -60,7 +60,7 @@ async def _atomic_db_session(
         elif current_transaction == "raise":
             raise InvalidRequestError(
                 "a transaction is already open on this session: commit or roll it back first, or choose "
-                "another current_transaction than 'raise'"
+                "another current_transaction than 'raise'" + see("guides/transactions.md#a-block-that-is-a-transaction")
             )
     async with _settling.atomic(session):
         yield session

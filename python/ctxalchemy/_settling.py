@@ -17,8 +17,9 @@ from sqlalchemy.orm import Session
 from sqlalchemy.orm.session import _SessionCloseState
 from sqlalchemy.util import greenlet_spawn
 
+from . import _telling
 from ._cutting import cut, is_busy
-from ._errors import PartialCommitError, closed_context
+from ._errors import PartialCommitError, closed_context, see
 from ._finishing import add_note, finish
 from ._lost import pool_entry, raise_if_lost, wait_until_given_up, was_busy
 
@@ -66,6 +67,8 @@ async def commit_all(store: SessionStore, before_commit: BeforeCommitCallback | 
                     await commit_session(session)
                     committed.append(connection)
                     failed = []
+                    if _telling.told:
+                        _telling.tell(store, "committed %r", connection)
     except BaseException as error:
         begun = list(_begun(store, {}))
         failed += [connection for connection, _ in begun if connection not in failed]
@@ -81,6 +84,8 @@ async def commit_all(store: SessionStore, before_commit: BeforeCommitCallback | 
 
 async def rollback_all(store: SessionStore) -> None:
     """Roll back all sessions in a transaction, whichever of them fail."""
+    if _telling.told:
+        _telling.tell(store, "rolling back")
     await _for_each(rollback_session, (session for _, session in _begun(store, {})), "rolled back")
 
 
@@ -96,6 +101,9 @@ async def close_all(sessions: Iterable[AsyncSession]) -> None:
 
 async def abort(store: SessionStore, error: BaseException) -> None:
     """Close the context because of this error: roll everything back, close it; failures become notes."""
+    if _telling.told:
+        _telling.tell(store, "rolling back because of %s", type(error).__name__)
+        _telling.closed(store)
     if sessions := close_idle(store.close()):
         await _after(error, close_session, *sessions)
 
@@ -227,6 +235,7 @@ async def rollback_session(session: AsyncSession) -> None:
             await finish(greenlet_spawn(_give_up, held))
         if not (isinstance(error, DBAPIError) and was_busy(error)):
             raise
+        _telling.warn_of_busy(session.sync_session)
 
 
 async def close_session(session: AsyncSession) -> None:
@@ -360,6 +369,7 @@ def _rollback(session: Session, why: Callable[[], Exception] = _rolled_back) -> 
         _give_up(held)
         if not (isinstance(error, DBAPIError) and was_busy(error)):
             raise
+        _telling.warn_of_busy(session)
 
 
 def _rollback_and_close(session: Session) -> None:
@@ -388,6 +398,7 @@ def _cut_busy(session: Session) -> list[_Held]:
         if connection.closed or connection.invalidated:
             continue
         if is_busy(connection):
+            _telling.warn_of_busy(session)
             cut(connection)
         else:
             held.append((connection.dialect, pool_entry(connection), connection.connection.dbapi_connection))
@@ -442,8 +453,9 @@ def _check_connections(session: Session) -> None:
             continue  # The commit finds this out.
         if is_busy(connection):
             raise InvalidRequestError(
-                "this session cannot be committed: another task is in the middle of a statement on it; await "
-                "that task first, or give it a context of its own with run_in_new_ctx()"
+                f"this session cannot be committed: {_telling.holders(session)} is in the middle of a statement on it; "
+                "await that task first, or give it a context of its own with run_in_new_ctx()"
+                + see("guides/concurrent-queries.md")
             )
         raise_if_lost(connection)
 
@@ -455,6 +467,7 @@ def _is_concurrent(error: BaseException) -> bool:
 
 def _abandon(session: Session, why: Callable[[], Exception]) -> None:
     """Give up what another task is just getting a connection for: that is cut when it comes."""
+    _telling.warn_of_busy(session)
     if _CUT not in session.info:
         event.listen(session, "after_begin", _cut)
     session.info[_CUT] = why

@@ -1,0 +1,13 @@
+"""Show the examples of the docstrings as code: the parser knows the heading in the plural only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import griffe
+
+
+class Examples(griffe.Extension):
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        if obj.docstring is not None:
+            obj.docstring.value = obj.docstring.value.replace("\nExample:\n", "\nExamples:\n")

@@ -1,0 +1,9 @@
+"""Leave out of the pages what is only for their tests: see examples/tests/test_docs.py."""
+
+from __future__ import annotations
+
+import re
+
+
+def on_page_markdown(markdown: str, **_: object) -> str:
+    return re.sub(r"<!-- (?:run|not run).*?-->\n", "", markdown, flags=re.DOTALL)

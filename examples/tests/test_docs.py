@@ -1,0 +1,116 @@
+"""The code blocks of the documentation, run page by page.
+
+The blocks of a page share a namespace and an event loop, and may ``await`` at the top level.  A block with a title is
+also a file of that name, and, if it is Python, a module.  What is in ``<!-- run ... -->`` is run and not shown: it
+mostly checks what the blocks above it did.  A block that is not run has ``<!-- not run: why -->`` in the line above it.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = [page for page in sorted(DOCS.rglob("*.md")) if "design" not in page.parts]
+BLOCK = re.compile(
+    r"(?:^<!-- run\n(?P<hidden>.*?)^-->$)"
+    r"|(?:^(?P<indent> *)(?:<!-- not run: (?P<reason>[^\n]+) -->\n *)?"
+    r"```(?P<language>[^\s`]*)(?: title=\"(?P<title>[^\"]+)\")?[^\n]*\n(?P<code>.*?)^ *```$)",
+    re.DOTALL | re.MULTILINE,
+)
+
+
+@pytest.fixture
+def page_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, database_url: str, second_database_url: str
+) -> Iterator[Path]:
+    """An empty folder in which a page's code runs, with databases of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("DATABASE_URL", database_url)
+    monkeypatch.setenv("AUDIT_DATABASE_URL", second_database_url)
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
+async def test_the_code_of_a_page_works(page: Path, page_folder: Path) -> None:
+    namespace = module("page")
+    text = page.read_text(encoding="utf-8")  # noqa: ASYNC240 - nobody else is waiting for the loop.
+    for block in BLOCK.finditer(text):
+        line = text.count("\n", 0, block.start("hidden" if block["hidden"] else "code"))
+        where = f"{page}:{line}"
+        if block["reason"]:
+            continue
+        code = block["hidden"] or inspect.cleandoc("\n" + block["code"])
+        if "--8<--" in code:
+            continue  # A file of the examples, which have tests of their own.
+        target = namespace
+        if block["title"]:
+            path = page_folder / block["title"]
+            path.write_text(code, encoding="utf-8")
+            if path.suffix != ".py":
+                continue
+            target = module(path.stem, path)
+        assert block["hidden"] or block["language"] == "python", f"{where}: neither Python nor marked as not run"
+        await run("\n" * line + code, str(page), target)
+
+
+def test_the_readme_works(page_folder: Path) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    titled = {block["title"]: block["code"] for block in BLOCK.finditer(text) if block["title"]}
+    assert titled.keys() == {"app.py", "test_app.py"}
+    for name, code in titled.items():
+        (page_folder / name).write_text(code, encoding="utf-8")
+    fixture = """
+        import pytest
+        from app import app, lifespan
+
+        @pytest.fixture(autouse=True)
+        async def running():
+            async with lifespan(app):
+                yield
+    """
+    (page_folder / "conftest.py").write_text(inspect.cleandoc(fixture), encoding="utf-8")
+    options = ["-o", "asyncio_mode=auto", "-o", "asyncio_default_fixture_loop_scope=function"]
+    ran = subprocess.run([sys.executable, "-m", "pytest", "-q", *options], check=False, capture_output=True, text=True)
+    assert "1 passed" in ran.stdout, ran.stdout + ran.stderr
+
+
+def test_the_pages_that_errors_name_are_there() -> None:
+    sources = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "python").rglob("*.py")))
+    named = re.findall(r"""\bsee\(["']([^"'#]+)(?:#([^"']+))?""", sources)
+    assert len(named) > 5
+    for page, anchor in named:
+        headings = re.findall(r"^#+ (.+)$", (DOCS / page).read_text(encoding="utf-8"), re.MULTILINE)
+        slugs = [re.sub(r"[^\w]+", "-", heading.lower()).strip("-") for heading in headings]
+        assert not anchor or anchor in slugs, f"{page}#{anchor}"
+
+
+def module(name: str, path: Path | None = None) -> ModuleType:
+    module = sys.modules[name] = ModuleType(name)
+    if path is not None:
+        module.__file__ = str(path)
+    return module
+
+
+async def run(code: str, name: str, target: ModuleType) -> None:
+    compiled = compile(code, name, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    result = eval(compiled, target.__dict__)
+    if inspect.iscoroutine(result):
+        await result
