@@ -5,12 +5,11 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from support.database import Database, watched
+from support.database import Database, needs_asyncpg, watched
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -44,8 +43,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         backend = values.get("ctxalchemy", values.get("backend", "both"))
         if without_native and backend != "python" and (backend == "native" or "packages" in item.fixturenames):
             item.add_marker(pytest.mark.skip(reason=f"without the native module: {without_native}"))
-        if "asyncpg" in values.values() and find_spec("asyncpg") is None:
-            item.add_marker(pytest.mark.skip(reason="without asyncpg: it is not installed for this interpreter"))
+        if "asyncpg" in values.values():
+            item.add_marker(needs_asyncpg)
 
 
 @pytest.fixture(scope="session")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import asynccontextmanager
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import psycopg
+import pytest
 from psycopg.rows import DictRow, dict_row
 from sqlalchemy import make_url, text
 
@@ -16,6 +18,11 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from sqlalchemy.ext.asyncio import AsyncSession
+
+
+needs_asyncpg = pytest.mark.skipif(
+    find_spec("asyncpg") is None, reason="without asyncpg: it is not installed for this interpreter"
+)
 
 
 class Observer:
