@@ -2,7 +2,10 @@
 
 What is given goes to pytest.  Each combination has an environment of its own, with the package installed from a wheel,
 as users have it: the native one, or the pure one where there is no native module for the interpreter.  What cannot run
-there is skipped with the reason, which stands below the table.  Free-threaded interpreters run without the GIL.
+there is skipped with the reason, which stands below the table.
+
+Free-threaded interpreters run everything with the GIL, which greenlet turns on where it does not know better, and what
+needs no database once more without it.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ from interpreters import Interpreter, interpreters
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / ".cache" / "test-all"
 SQLALCHEMY = {"2.0": "sqlalchemy[asyncio]>=2.0.40,<2.1", "2.1": "sqlalchemy[asyncio]>=2.1,<2.2"}
+# Where threads and the native module meet.
+WITHOUT_GIL = [f"tests/test_{name}.py" for name in ("threads", "native_awaitable", "isolated", "parity_of_objects")]
 COUNTS = re.compile(r"^(native|python|neither) +(\d+) passed, (\d+) failed, (\d+) skipped$", re.MULTILINE)
 
 
@@ -37,7 +42,7 @@ class Row:
 
     def __str__(self) -> str:
         return (
-            f"{self.interpreter:<18}{self.sqlalchemy:<12}{self.driver:<10}{self.backend:<9}"
+            f"{self.interpreter:<24}{self.sqlalchemy:<12}{self.driver:<10}{self.backend:<9}"
             f"{self.passed:>7}{self.failed:>8}{self.skipped:>9}{self.seconds:>9}"
         )
 
@@ -55,10 +60,13 @@ def main() -> None:
         for series, requirement in SQLALCHEMY.items():
             say(f"{interpreter.name}, SQLAlchemy {series}")
             python = environment(interpreter, folder / series, wheel, requirement)
-            found, passed = run_tests(python, folder / f"{series}.log", interpreter)
-            rows += found
-            good = good and passed
-            print(rows[0], *found, sep="\n", flush=True)
+            runs = {"": ["-Xgil=1"], ", no GIL": ["-Xgil=0"]} if interpreter.free_threaded else {"": list[str]()}
+            for name, options in runs.items():
+                log = folder / f"{series}{name}.log"
+                found, passed = run_tests(python, options, WITHOUT_GIL if name else [], log, interpreter, name)
+                rows += found
+                good = good and passed
+                print(rows[0], *found, sep="\n", flush=True)
     print("\nAll of them:", *rows, *notes, sep="\n")
     sys.exit(not good)
 
@@ -91,7 +99,9 @@ def environment(interpreter: Interpreter, folder: Path, wheel: Path, sqlalchemy:
     return python
 
 
-def run_tests(python: Path, log: Path, interpreter: Interpreter) -> tuple[list[Row], bool]:
+def run_tests(
+    python: Path, python_options: list[str], tests: list[str], log: Path, interpreter: Interpreter, name: str
+) -> tuple[list[Row], bool]:
     # Neither a folder of the tree nor an environment variable is to take the place of what is installed.
     variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "CTXALCHEMY_BACKEND")}
     url, driver, options = variables["TEST_DATABASE_URL"], "asyncpg", list[str]()
@@ -100,10 +110,18 @@ def run_tests(python: Path, log: Path, interpreter: Interpreter) -> tuple[list[R
     if interpreter.without_asyncpg is not None:
         driver = "psycopg"
         variables["TEST_DATABASE_URL"] = url.replace("+asyncpg", "+psycopg")
-    # Else the first extension that does not know about it would bring the GIL back.
-    without_gil = ["-Xgil=0"] if interpreter.free_threaded else []
     plugins = ["-p", "scripts.both_backends", "-p", "no:cacheprovider"]
-    command: list[str | Path] = [python, *without_gil, "-m", "pytest", "-q", *plugins, *options, *sys.argv[1:]]
+    command: list[str | Path] = [
+        python,
+        *python_options,
+        "-m",
+        "pytest",
+        "-q",
+        *plugins,
+        *options,
+        *tests,
+        *sys.argv[1:],
+    ]
     start = time.monotonic()
     result = subprocess.run(
         command, cwd=ROOT, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -112,13 +130,13 @@ def run_tests(python: Path, log: Path, interpreter: Interpreter) -> tuple[list[R
     log.write_text(result.stdout, encoding="utf-8")
     version = output(python, "-c", "import sqlalchemy; print(sqlalchemy.__version__)")
     rows = [
-        Row(interpreter.name, version, driver, backend, passed, failed, skipped, seconds)
+        Row(interpreter.name + name, version, driver, backend, passed, failed, skipped, seconds)
         for backend, passed, failed, skipped in COUNTS.findall(result.stdout)
     ]
     if result.returncode or not rows:
         print(result.stdout[-4000:])
         failure = f"pytest failed, with {result.returncode}: see {log.relative_to(ROOT)}"
-        rows.append(Row(interpreter.name, version, driver, failure))
+        rows.append(Row(interpreter.name + name, version, driver, failure))
     return rows, result.returncode == 0
 
 
