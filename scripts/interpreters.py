@@ -58,6 +58,13 @@ class Interpreter:
         """Why there is no asyncpg for it, if there is none."""
         return None if self.implementation == "CPython" else "asyncpg is for CPython"
 
+    @property
+    def without_greenlet(self) -> str | None:
+        """Why SQLAlchemy's asyncio cannot be used with it, if it cannot."""
+        if self.free_threaded and self.version < (3, 14):
+            return "greenlet 3.2.2, the last with wheels for it, crashes, and newer ones do not build: no database"
+        return None
+
 
 def interpreters() -> list[Interpreter]:
     newest: dict[str, Interpreter] = {}

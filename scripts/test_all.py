@@ -53,7 +53,7 @@ def main() -> None:
     rows = [Row("Interpreter", "SQLAlchemy", "driver", "backend", "passed", "failed", "skipped", "seconds")]
     notes: list[str] = []
     for interpreter in interpreters():
-        reasons = filter(None, [interpreter.without_native, interpreter.without_asyncpg])
+        reasons = filter(None, [interpreter.without_native, interpreter.without_asyncpg, interpreter.without_greenlet])
         notes += [f"{interpreter.name}: {reason}" for reason in reasons]
         folder = FOLDER / interpreter.kind
         wheel = build(interpreter, folder)
@@ -61,6 +61,8 @@ def main() -> None:
             say(f"{interpreter.name}, SQLAlchemy {series}")
             python = environment(interpreter, folder / series, wheel, requirement)
             runs = {"": ["-Xgil=1"], ", no GIL": ["-Xgil=0"]} if interpreter.free_threaded else {"": list[str]()}
+            if interpreter.without_greenlet is not None:
+                del runs[""]
             for name, options in runs.items():
                 log = folder / f"{series}{name}.log"
                 found, passed = run_tests(python, options, WITHOUT_GIL if name else [], log, interpreter, name)

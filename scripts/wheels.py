@@ -171,6 +171,8 @@ def try_out(interpreter: Interpreter, wheel: str) -> str:
         where = "import ctxalchemy; print(ctxalchemy.BACKEND, ctxalchemy.__file__)"
         found, file = output(python, "-c", where, environment=environment).split()
         expect((found, Path(file).is_relative_to(folder)), (backend, True), f"what {wheel} installs")
+        if interpreter.without_greenlet is not None:
+            return f"{backend}: imported only: {interpreter.without_greenlet}"
         last = output(python, ROOT / "examples" / "demo.py", environment=environment).splitlines()[-1]
         return f"{backend}: {last}"
 
