@@ -13,11 +13,15 @@ POSTGRES := $(VENV_PYTHON) scripts/postgres.py --
 # With the allocator of C, because valgrind cannot see into Python's own.  Reads and writes of what is not allocated
 # are reported; not values that are not set, which it also sees where CPython itself is right.
 MEMCHECK := PYTHONMALLOC=malloc CTXALCHEMY_BACKEND=native valgrind -q --undef-value-errors=no --error-exitcode=3 $(VENV_PYTHON) -I
+# The same with AddressSanitizer built in, which stable Rust does on RUSTC_BOOTSTRAP=1; its runtime is that of the C
+# compiler.  Python itself is not built for it, and leaves to the system what it allocates once.
+ASAN := LD_PRELOAD=$$($(CC) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=8 PYTHONMALLOC=malloc \
+	PYTHONPATH=target/asan/package CTXALCHEMY_BACKEND=native $(VENV_PYTHON)
 EXTENSIONS := python/ctxalchemy/_native*.so python/ctxalchemy/_native*.pyd
 LINTERS := ruff-check ruff-format mypy pyright stubtest verifytypes rustfmt clippy cargo-test
 
 .DEFAULT_GOAL := help
-.PHONY: help test test-all wheels memcheck lint format docs docs-serve examples demo serve soak bench bench-gate bench-gate-update clean $(LINTERS)
+.PHONY: help test test-all wheels memcheck asan lint format docs docs-serve examples demo serve soak bench bench-gate bench-gate-update clean $(LINTERS)
 
 help:  ## List the targets.
 	@echo 'PYTHON=python3.13 picks the interpreter, wherever the default python3 is not the one to use.'
@@ -44,6 +48,20 @@ memcheck:  ## Run the native module under valgrind, which has to be installed.
 	$(MEMCHECK) tests/isolated/flat.py 200
 	$(MEMCHECK) tests/isolated/cycles.py
 	$(MEMCHECK) tests/isolated/open_at_exit.py
+
+asan: export PYO3_PYTHON := $(CURDIR)/$(VENV_PYTHON)
+asan:  ## Run the native module with AddressSanitizer, whose runtime comes with gcc.
+	@$(SET_UP) --need-native test
+	RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address PYO3_BUILD_EXTENSION_MODULE=1 cargo rustc --lib \
+		--crate-type cdylib --target "$$(rustc -vV | sed -n 's/^host: //p')" --target-dir target/asan
+	rm -rf target/asan/package
+	mkdir target/asan/package
+	cp -r python/ctxalchemy target/asan/package
+	rm -f target/asan/package/ctxalchemy/_native*.so
+	cp target/asan/*/debug/libctxalchemy.so target/asan/package/ctxalchemy/_native.so
+	$(ASAN) tests/isolated/flat.py 10000
+	$(ASAN) tests/isolated/cycles.py
+	$(ASAN) tests/isolated/open_at_exit.py
 
 format:  ## Format the Python and the Rust, and fix what the linter can.
 	@$(SET_UP) --need-native test lint

@@ -26,7 +26,7 @@ HINT = (
     "in pure Python and with no need of Rust, say CTXALCHEMY_PURE=1, or --config-settings=pure=true."
 )
 NO_CARGO = (
-    "ctxalchemy: cargo, of Rust 1.85 or newer, is needed to build the native module, and was not found. To install "
+    "ctxalchemy: cargo, of Rust 1.88 or newer, is needed to build the native module, and was not found. To install "
     "ctxalchemy without it, in pure Python, say CTXALCHEMY_PURE=1, or --config-settings=pure=true."
 )
 

@@ -89,6 +89,11 @@ impl<T> Slots<T> {
 
 #[cfg(test)]
 mod tests {
+    use std::rc::Rc;
+
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
     use super::Slots;
 
     fn slots(keys: &[u8]) -> Slots<u8> {
@@ -168,5 +173,73 @@ mod tests {
     #[test]
     fn is_two_words_wide() {
         assert_eq!(size_of::<Slots<Box<u8>>>(), 2 * size_of::<usize>());
+    }
+
+    #[derive(Clone, Debug)]
+    enum Operation {
+        Put(u8, u8),
+        Get(u8),
+        Pop(u8),
+        Clone,
+        Take,
+    }
+
+    fn operation() -> impl Strategy<Value = Operation> {
+        let key = 0..6u8;
+        prop_oneof![
+            4 => (key.clone(), any::<u8>()).prop_map(|(key, value)| Operation::Put(key, value)),
+            2 => key.clone().prop_map(Operation::Get),
+            2 => key.prop_map(Operation::Pop),
+            1 => Just(Operation::Clone),
+            1 => Just(Operation::Take),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 2000, failure_persistence: None, ..ProptestConfig::default() })]
+
+        /// Whatever is done, a list of pairs does the same; and nothing that was put in is leaked or dropped twice.
+        #[test]
+        fn does_what_a_list_of_pairs_does(operations in vec(operation(), 0..40)) {
+            type Thing = Rc<u8>;
+            let mut slots = Slots::<Thing>::new();
+            let mut list = Vec::<(Thing, Thing)>::new();
+            let plain = |(key, value): &(Thing, Thing)| (**key, **value);
+            for operation in operations {
+                match operation {
+                    Operation::Put(key, value) => {
+                        let pair = (Rc::new(key), Rc::new(value));
+                        let found = slots.put(pair.0.clone(), pair.1.clone(), |each| **each == key);
+                        let old = match list.iter_mut().find(|(each, _)| **each == key) {
+                            Some(place) => Some(std::mem::replace(place, pair)),
+                            None => {
+                                list.push(pair);
+                                None
+                            }
+                        };
+                        prop_assert_eq!(found, old);
+                    }
+                    Operation::Get(key) => {
+                        let there = list.iter().find(|(each, _)| **each == key).map(|(_, value)| value);
+                        prop_assert_eq!(slots.get(|each| **each == key), there);
+                    }
+                    Operation::Pop(key) => {
+                        let index = list.iter().position(|(each, _)| **each == key);
+                        prop_assert_eq!(slots.pop(|each| **each == key), index.map(|index| list.remove(index)));
+                    }
+                    Operation::Clone => slots = slots.clone(),
+                    Operation::Take => {
+                        let taken = slots.take();
+                        prop_assert!(taken.iter().map(plain).eq(list.drain(..).map(|pair| plain(&pair))));
+                    }
+                }
+                prop_assert_eq!(slots.len(), list.len());
+                prop_assert!(slots.iter().map(plain).eq(list.iter().map(plain)));
+            }
+            // One reference here, one in the list.
+            prop_assert!(slots.iter().all(|(key, value)| Rc::strong_count(key) == 2 && Rc::strong_count(value) == 2));
+            drop(slots);
+            prop_assert!(list.iter().all(|(key, value)| Rc::strong_count(key) == 1 && Rc::strong_count(value) == 1));
+        }
     }
 }

@@ -14,7 +14,7 @@ use crate::slots::Slots;
 /// Make the class, like its twin.
 pub fn class<'py>(twin: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
     let class = Store::install(twin.py())?;
-    for name in ["__doc__", "__final__"] {
+    for name in ["__doc__", "__final__", "__module__"] {
         class.setattr(name, twin.getattr(name)?)?;
     }
     set::<2, Init>(&class, twin, "__init__")?;

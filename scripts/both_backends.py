@@ -1,6 +1,7 @@
 """A pytest plugin: count the tests of each backend, and fail a full run in which a backend had none.
 
-Without it, a suite that silently lost one backend would still pass.
+Without it, a suite that silently lost one backend would still pass.  Where there is no native backend, that has to be
+said, with the reason: ``--without-native=REASON``.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ class BothBackends:
     def __init__(self, config: pytest.Config) -> None:
         # Whether everything was asked for.  What is deselected is found out later.
         self._is_full_run = config.args == config.getini("testpaths")
+        self._needed = BACKENDS if config.getoption("without_native") is None else ("python",)
         self._backends: dict[str, str] = {}
         self._outcomes: dict[str, str] = {}
         self._missing: list[str] = []
@@ -44,7 +46,7 @@ class BothBackends:
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         if exitstatus == pytest.ExitCode.OK and self._is_full_run:
             counts = self._counts()
-            self._missing = [backend for backend in BACKENDS if not counts[backend, "passed"]]
+            self._missing = [backend for backend in self._needed if not counts[backend, "passed"]]
             if self._missing:
                 session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
@@ -59,6 +61,10 @@ class BothBackends:
 
     def _counts(self) -> Counter[tuple[str, str]]:
         return Counter((self._backends.get(nodeid, NEITHER), outcome) for nodeid, outcome in self._outcomes.items())
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--without-native", metavar="REASON", help="skip the native backend, for this reason")
 
 
 def pytest_configure(config: pytest.Config) -> None:

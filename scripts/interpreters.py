@@ -17,6 +17,8 @@ from pathlib import Path
 
 OLDEST = (3, 11)
 NEWEST = (3, 15)
+# PyO3's own word for: build for an interpreter that is not supported.
+SKIP_PYO3_CHECK = "UNSAFE_PYO3_SKIP_VERSION_CHECK"
 ASK = """
 import json, platform, sys, sysconfig
 threaded = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
@@ -47,8 +49,20 @@ class Interpreter:
         """Why there is no native module for it, if there is none."""
         if self.implementation != "CPython":
             return "the native module is for CPython"
+        if self.free_threaded and self.version < (3, 14) and os.environ.get(SKIP_PYO3_CHECK) != "1":
+            return f"PyO3 supports free threading from 3.14 on; {SKIP_PYO3_CHECK}=1 builds it all the same"
+        return None
+
+    @property
+    def without_asyncpg(self) -> str | None:
+        """Why there is no asyncpg for it, if there is none."""
+        return None if self.implementation == "CPython" else "asyncpg is for CPython"
+
+    @property
+    def without_greenlet(self) -> str | None:
+        """Why SQLAlchemy's asyncio cannot be used with it, if it cannot."""
         if self.free_threaded and self.version < (3, 14):
-            return "PyO3 supports free threading from 3.14 on"
+            return "greenlet 3.2.2, the last with wheels for it, crashes, and newer ones do not build: no database"
         return None
 
 

@@ -1,7 +1,11 @@
 """Run the tests with each interpreter at hand, on the oldest and the newest SQLAlchemy, and print a table.
 
 What is given goes to pytest.  Each combination has an environment of its own, with the package installed from a wheel,
-as users have it; where there is no native module for an interpreter, the table says so.
+as users have it: the native one, or the pure one where there is no native module for the interpreter.  What cannot run
+there is skipped with the reason, which stands below the table.
+
+Free-threaded interpreters run everything with the GIL, which greenlet turns on where it does not know better, and what
+needs no database once more without it.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ import re
 import subprocess
 import sys
 import time
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +24,8 @@ from interpreters import Interpreter, interpreters
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / ".cache" / "test-all"
 SQLALCHEMY = {"2.0": "sqlalchemy[asyncio]>=2.0.40,<2.1", "2.1": "sqlalchemy[asyncio]>=2.1,<2.2"}
+# Where threads and the native module meet.
+WITHOUT_GIL = [f"tests/test_{name}.py" for name in ("threads", "native_awaitable", "isolated", "parity_of_objects")]
 COUNTS = re.compile(r"^(native|python|neither) +(\d+) passed, (\d+) failed, (\d+) skipped$", re.MULTILINE)
 
 
@@ -26,6 +33,7 @@ COUNTS = re.compile(r"^(native|python|neither) +(\d+) passed, (\d+) failed, (\d+
 class Row:
     interpreter: str
     sqlalchemy: str
+    driver: str
     backend: str
     passed: str = ""
     failed: str = ""
@@ -34,7 +42,7 @@ class Row:
 
     def __str__(self) -> str:
         return (
-            f"{self.interpreter:<18}{self.sqlalchemy:<12}{self.backend:<9}"
+            f"{self.interpreter:<24}{self.sqlalchemy:<12}{self.driver:<10}{self.backend:<9}"
             f"{self.passed:>7}{self.failed:>8}{self.skipped:>9}{self.seconds:>9}"
         )
 
@@ -42,20 +50,26 @@ class Row:
 def main() -> None:
     print(f"-- Into {FOLDER.relative_to(ROOT)}: the output of each run, and the environments")
     good = True
-    rows = [Row("Interpreter", "SQLAlchemy", "backend", "passed", "failed", "skipped", "seconds")]
+    rows = [Row("Interpreter", "SQLAlchemy", "driver", "backend", "passed", "failed", "skipped", "seconds")]
+    notes: list[str] = []
     for interpreter in interpreters():
-        if interpreter.without_native is not None:
-            rows.append(Row(interpreter.name, "", f"not run: {interpreter.without_native}"))
-            continue
+        reasons = filter(None, [interpreter.without_native, interpreter.without_asyncpg, interpreter.without_greenlet])
+        notes += [f"{interpreter.name}: {reason}" for reason in reasons]
         folder = FOLDER / interpreter.kind
         wheel = build(interpreter, folder)
         for series, requirement in SQLALCHEMY.items():
             say(f"{interpreter.name}, SQLAlchemy {series}")
             python = environment(interpreter, folder / series, wheel, requirement)
-            found, passed = run_tests(python, folder / f"{series}.log", interpreter, series)
-            rows += found
-            good = good and passed
-    print("", *rows, sep="\n")
+            runs = {"": ["-Xgil=1"], ", no GIL": ["-Xgil=0"]} if interpreter.free_threaded else {"": list[str]()}
+            if interpreter.without_greenlet is not None:
+                del runs[""]
+            for name, options in runs.items():
+                log = folder / f"{series}{name}.log"
+                found, passed = run_tests(python, options, WITHOUT_GIL if name else [], log, interpreter, name)
+                rows += found
+                good = good and passed
+                print(rows[0], *found, sep="\n", flush=True)
+    print("\nAll of them:", *rows, *notes, sep="\n")
     sys.exit(not good)
 
 
@@ -64,7 +78,8 @@ def build(interpreter: Interpreter, folder: Path) -> Path:
     # All that is there is of an earlier state of the sources.
     for old in folder.glob("*.whl"):
         old.unlink()
-    pip(interpreter.path, "wheel", "--no-deps", "--wheel-dir", folder, ROOT)
+    pure = "false" if interpreter.without_native is None else "true"
+    pip(interpreter.path, "wheel", "--no-deps", f"--config-settings=pure={pure}", "--wheel-dir", folder, ROOT)
     return next(folder.glob("*.whl"))
 
 
@@ -72,26 +87,44 @@ def environment(interpreter: Interpreter, folder: Path, wheel: Path, sqlalchemy:
     python = folder / "bin" / "python"
     if not python.exists():
         run(interpreter.path, "-m", "venv", "--without-pip", folder)
-    pip(python, "install", "--group", f"{ROOT / 'pyproject.toml'}:test", sqlalchemy)
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["dependency-groups"]
+    needs = [each for each in (*groups["demo"], *groups["test"]) if isinstance(each, str)]
+    if interpreter.without_asyncpg is not None:
+        needs = [each for each in needs if not each.startswith("asyncpg")]
+    if interpreter.free_threaded:
+        # There is no such wheel: it takes the system's libpq.
+        needs = [each.replace("psycopg[binary]", "psycopg") for each in needs]
+    # The newest release that has a wheel, rather than to compile a newer one that refuses an older interpreter.
+    wheels = ("--prefer-binary", "--only-binary=pydantic-core")
+    pip(python, "install", *wheels, *needs, sqlalchemy)
     pip(python, "install", "--no-deps", "--force-reinstall", wheel)
     return python
 
 
-def run_tests(python: Path, log: Path, interpreter: Interpreter, series: str) -> tuple[list[Row], bool]:
-    start = time.monotonic()
+def run_tests(
+    python: Path, python_options: list[str], tests: list[str], log: Path, interpreter: Interpreter, name: str
+) -> tuple[list[Row], bool]:
     # Neither a folder of the tree nor an environment variable is to take the place of what is installed.
     variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "CTXALCHEMY_BACKEND")}
+    url, driver, options = variables["TEST_DATABASE_URL"], "asyncpg", list[str]()
+    if interpreter.without_native is not None:
+        options.append(f"--without-native={interpreter.without_native}")
+    if interpreter.without_asyncpg is not None:
+        driver = "psycopg"
+        variables["TEST_DATABASE_URL"] = url.replace("+asyncpg", "+psycopg")
+    plugins = ["-p", "scripts.both_backends", "-p", "no:cacheprovider"]
     command: list[str | Path] = [
         python,
+        *python_options,
         "-m",
         "pytest",
         "-q",
-        "-p",
-        "scripts.both_backends",
-        "-p",
-        "no:cacheprovider",
+        *plugins,
+        *options,
+        *tests,
         *sys.argv[1:],
     ]
+    start = time.monotonic()
     result = subprocess.run(
         command, cwd=ROOT, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -99,14 +132,13 @@ def run_tests(python: Path, log: Path, interpreter: Interpreter, series: str) ->
     log.write_text(result.stdout, encoding="utf-8")
     version = output(python, "-c", "import sqlalchemy; print(sqlalchemy.__version__)")
     rows = [
-        Row(interpreter.name, version, backend, passed, failed, skipped, seconds)
+        Row(interpreter.name + name, version, driver, backend, passed, failed, skipped, seconds)
         for backend, passed, failed, skipped in COUNTS.findall(result.stdout)
     ]
     if result.returncode or not rows:
         print(result.stdout[-4000:])
-        rows.append(
-            Row(interpreter.name, version, f"pytest failed, with {result.returncode}: see {log.relative_to(ROOT)}")
-        )
+        failure = f"pytest failed, with {result.returncode}: see {log.relative_to(ROOT)}"
+        rows.append(Row(interpreter.name + name, version, driver, failure))
     return rows, result.returncode == 0
 
 

@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from support.database import Database, watched
+from support.database import Database, needs_asyncpg, watched
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -33,9 +33,24 @@ def _load(backend: str) -> dict[str, ModuleType]:
     return loaded
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what cannot run with this interpreter, and say why."""
+    without_native = config.getoption("without_native", None)
+    for item in items:
+        if not isinstance(item, pytest.Function):
+            continue
+        values = item.callspec.params if hasattr(item, "callspec") else {}
+        backend = values.get("ctxalchemy", values.get("backend", "both"))
+        if without_native and backend != "python" and (backend == "native" or "packages" in item.fixturenames):
+            item.add_marker(pytest.mark.skip(reason=f"without the native module: {without_native}"))
+        if "asyncpg" in values.values():
+            item.add_marker(needs_asyncpg)
+
+
 @pytest.fixture(scope="session")
-def packages() -> dict[str, dict[str, ModuleType]]:
-    return {backend: _load(backend) for backend in BACKENDS}
+def packages(pytestconfig: pytest.Config) -> dict[str, dict[str, ModuleType]]:
+    without_native = pytestconfig.getoption("without_native", None)
+    return {backend: _load(backend) for backend in BACKENDS if backend == "python" or not without_native}
 
 
 @pytest.fixture(params=BACKENDS)
@@ -53,7 +68,7 @@ def ctxalchemy(
 
 @pytest.fixture(scope="session")
 def postgres_url() -> str:
-    """The URL of the PostgreSQL server to test on, with the asyncpg driver."""
+    """The URL of the PostgreSQL server to test on, with the driver to use: asyncpg, or psycopg."""
     url = os.environ.get("TEST_DATABASE_URL")
     if not url:
         pytest.fail("TEST_DATABASE_URL is not set: 'make test' starts a throw-away PostgreSQL and sets it")

@@ -7,10 +7,10 @@ import os
 import subprocess
 import sys
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from support.interpreter import OPTIONS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,15 +49,12 @@ def missing(name: str) -> ModuleNotFoundError:
     return ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
-def run(package: ModuleType, code: str, backend: str | None) -> str:
-    """What the code prints in a process of its own, which has this package."""
-    assert package.__file__ is not None
+def run(code: str, backend: str | None) -> str:
+    """What the code prints in a process of its own."""
     environment = {name: value for name, value in os.environ.items() if name != "CTXALCHEMY_BACKEND"}
     if backend is not None:
         environment["CTXALCHEMY_BACKEND"] = backend
-    path = [str(Path(package.__file__).parents[1]), environment.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(path)
-    command = [sys.executable, "-W", "error", "-c", code]
+    command = [sys.executable, *OPTIONS, "-W", "error", "-c", code]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert result.stderr == ""
     return result.stdout.strip()
@@ -77,9 +74,10 @@ def test_the_backend_under_test_is_the_one_loaded(
     ("backend", "loaded"),
     [(None, "native True"), ("auto", "native True"), ("native", "native True"), ("python", "python False")],
 )
-def test_the_environment_chooses(packages: dict[str, dict[str, ModuleType]], backend: str | None, loaded: str) -> None:
+@pytest.mark.usefixtures("packages")
+def test_the_environment_chooses(backend: str | None, loaded: str) -> None:
     code = f"import sys, ctxalchemy; print(ctxalchemy.BACKEND, {NATIVE!r} in sys.modules)"
-    assert run(packages["python"]["ctxalchemy"], code, backend) == loaded
+    assert run(code, backend) == loaded
 
 
 def test_the_package_needs_neither_starlette_nor_fastapi(ctxalchemy: ModuleType) -> None:
@@ -87,7 +85,7 @@ def test_the_package_needs_neither_starlette_nor_fastapi(ctxalchemy: ModuleType)
         "import sys; sys.modules.update(starlette=None, fastapi=None, httpx=None)\n"
         "import ctxalchemy; print(ctxalchemy.BACKEND)"
     )
-    assert run(ctxalchemy, code, ctxalchemy.BACKEND) == ctxalchemy.BACKEND
+    assert run(code, ctxalchemy.BACKEND) == ctxalchemy.BACKEND
 
 
 @pytest.mark.parametrize("backend", ["rust", "Native", ""])

@@ -25,9 +25,9 @@ async def connection(ctxalchemy: ModuleType, database: Database) -> AsyncIterato
     """One whose server processes are known by the host they were reached at."""
 
     def create_engine(host: str) -> AsyncEngine:
-        settings = {"search_path": database.name, "application_name": f"{database.name}@{host}"}
         url = make_url(database.url).set(host=host)
-        return create_async_engine(url, pool_size=2, max_overflow=0, connect_args={"server_settings": settings})
+        arguments = database.connect_args(suffix=f"@{host}")
+        return create_async_engine(url, pool_size=2, max_overflow=0, connect_args=arguments)
 
     async with watched(ctxalchemy.DBConnect(create_engine, maker_creator(), OLD)) as connection:
         yield connection

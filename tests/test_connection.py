@@ -273,11 +273,15 @@ async def test_a_connection_from_a_url_passes_engine_options_on(ctxalchemy: Modu
 
 
 async def test_changing_the_host_swaps_it_in_the_url(ctxalchemy: ModuleType) -> None:
-    connection = ctxalchemy.DBConnect.from_url(make_url("postgresql+asyncpg://ada:secret@here:5433/notes?ssl=off"))
+    connection = ctxalchemy.DBConnect.from_url(
+        make_url("postgresql+psycopg://ada:secret@here:5433/notes?sslmode=disable")
+    )
     assert connection.host == "here"
     await connection.change_host("there")
     url = (await connection.session_maker()).kw["bind"].url
-    assert url.render_as_string(hide_password=False) == "postgresql+asyncpg://ada:secret@there:5433/notes?ssl=off"
+    assert (
+        url.render_as_string(hide_password=False) == "postgresql+psycopg://ada:secret@there:5433/notes?sslmode=disable"
+    )
 
 
 async def test_a_url_need_not_name_a_host(ctxalchemy: ModuleType) -> None:
@@ -294,7 +298,7 @@ def test_a_url_that_cannot_be_read_is_refused_at_once(ctxalchemy: ModuleType) ->
 
 
 async def test_the_repr_tells_host_and_database_and_no_password(ctxalchemy: ModuleType) -> None:
-    connection = ctxalchemy.DBConnect.from_url("postgresql+asyncpg://ada:secret@here/notes?password=secret")
+    connection = ctxalchemy.DBConnect.from_url("postgresql+psycopg://ada:secret@here/notes?password=secret")
     assert repr(connection) == "<DBConnect host='here', not connected>"
     await connection.session_maker()
     assert repr(connection) == "<DBConnect host='here', database='notes', connected>"

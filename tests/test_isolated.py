@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from support.interpreter import OPTIONS, needs_reference_counts
 
 ISOLATED = Path(__file__).parent / "isolated"
 PACKAGE = Path(__file__).parents[1] / "python" / "ctxalchemy"
@@ -18,7 +19,7 @@ MODULES = sorted(f"ctxalchemy.{path.stem}" for path in PACKAGE.glob("*.py") if p
 def run(ctxalchemy: ModuleType, *arguments: str) -> str:
     """What this prints on the backend of the test."""
     result = subprocess.run(
-        [sys.executable, "-I", "-W", "error", *arguments],
+        [sys.executable, *OPTIONS, "-I", "-W", "error", *arguments],
         env={**os.environ, "CTXALCHEMY_BACKEND": ctxalchemy.BACKEND},
         capture_output=True,
         text=True,
@@ -35,6 +36,7 @@ def test_each_module_can_be_the_first_to_be_imported(ctxalchemy: ModuleType, mod
     assert run(ctxalchemy, "-c", code) == ctxalchemy.BACKEND
 
 
+@needs_reference_counts
 def test_references_and_memory_are_flat_over_a_million_contexts_and_lookups(ctxalchemy: ModuleType) -> None:
     run(ctxalchemy, str(ISOLATED / "flat.py"), "1000000")
 
@@ -47,6 +49,7 @@ def test_the_interpreter_exits_with_contexts_open(ctxalchemy: ModuleType) -> Non
     assert run(ctxalchemy, str(ISOLATED / "open_at_exit.py")) == "3"
 
 
+@pytest.mark.skipif(sys.implementation.name != "cpython", reason="there are no subinterpreters")
 @pytest.mark.parametrize("wanted", ["auto", "native", "python"])
 def test_a_subinterpreter_has_a_backend_of_its_own_or_a_clear_error(ctxalchemy: ModuleType, wanted: str) -> None:
     """The compiled parts of SQLAlchemy, where they are used, refuse first."""

@@ -126,7 +126,8 @@ def test_methods_of_the_store(packages: Packages, name: str) -> None:
     "look",
     [
         lambda store: str(inspect.signature(store)),
-        lambda store: (store.__doc__, store.__name__, store.__qualname__),
+        lambda store: (store.__doc__, store.__module__, store.__name__, store.__qualname__, repr(store)),
+        lambda store: (store("yes").manual, store("").manual, store(None).manual),
         lambda store: {name for name in dir(store) if not name.startswith("_")},
         lambda store: (store.manual.__doc__, store.closed.__doc__, store.token.__doc__),
         lambda store: repr(store()),
@@ -192,4 +193,9 @@ def test_what_db_session_returns(packages: Packages, look: Callable[[Any], objec
 
 
 def test_leaving_something_else(packages: Packages) -> None:
-    assert isinstance(same(packages, lambda core: core.leave(core.SessionStore())), tuple)
+    for look in (
+        lambda core: core.leave(core.SessionStore()),
+        lambda core: core.leave(None),
+        lambda core: core.leave("something else"),
+    ):
+        same(packages, look)

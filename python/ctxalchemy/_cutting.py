@@ -45,6 +45,8 @@ def cut(connection: Connection) -> None:
                 await_only(_end_psycopg(driver_connection))
             elif hasattr(driver_connection, "interrupt"):
                 await_only(_end_aiosqlite(driver_connection))
+    if not connection.closed and not connection.invalidated and not in_greenlet():
+        _close_psycopg(connection.connection.driver_connection)
     # Its user may have closed it meanwhile.
     if connection.closed or connection.invalidated:
         return
@@ -53,6 +55,13 @@ def cut(connection: Connection) -> None:
         # The pool has forgotten it, and would not close it.
         connection.dialect.do_terminate(dbapi_connection)
     connection.invalidate()
+
+
+def _close_psycopg(connection: Any) -> None:
+    # SQLAlchemy awaits its closing, which fails where nothing can be awaited: it would stay open until its
+    # finalizer runs.
+    if pgconn := getattr(connection, "pgconn", None):
+        pgconn.finish()
 
 
 async def _end_psycopg(connection: Any) -> None:

@@ -53,7 +53,7 @@ class SessionStore:
     @property
     def manual(self) -> bool:
         """The context was opened by hand."""
-        return self._manual
+        return bool(self._manual)
 
     @property
     def closed(self) -> bool:
@@ -146,10 +146,14 @@ def leave(store: SessionStore) -> None:
     """Make the context current that was so before ``enter()`` returned this one.  It is not closed by this.
 
     Raises:
+        TypeError: it is no context.
         RuntimeError: it was left before, or never entered.
         ValueError: it was entered in another ``contextvars.Context``: the tasks differ.
     """
-    token = store._token
+    try:
+        token = store._token
+    except AttributeError:
+        raise TypeError(f"expected a SessionStore, got {store!r}") from None
     if token is None:
         raise RuntimeError("this database session context has been left already")
     _reset(token)

@@ -21,7 +21,7 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.routing import Route
 from support.apps import Answer, Kind, build, call, http_scope
 from support.cancelling import Manner, Run, sweep
-from support.database import Database, add_note, checked_out
+from support.database import Database, add_note, checked_out, needs_asyncpg
 from support.faults import CommitGate, assert_whole, psycopg_connection
 from support.sessions import OverriddenSession, maker_creator
 from support.waiting import eventually
@@ -653,6 +653,7 @@ async def test_a_request_in_process_that_is_given_up_leaves_the_outer_one_untouc
     await assert_whole(ctxalchemy, database, connection, other, notes=["before", "after"])
 
 
+@needs_asyncpg
 async def test_the_server_gives_up_a_statement_whose_client_was_cut_off(
     ctxalchemy: ModuleType, database: Database
 ) -> None:

@@ -629,7 +629,7 @@ async def test_an_application_that_is_called_in_process_is_cancelled(
 
     async def outer() -> Answer:
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(call(inner_app), 0.1)
+            await asyncio.wait_for(call(inner_app), 1)
         await add_note(await ctxalchemy.db_session(connection), "outer")
         return Answer()
 

@@ -15,7 +15,8 @@ try:
     import ctxalchemy
     print("loaded", ctxalchemy.BACKEND)
 except ImportError as error:
-    print("ImportError:", error)
+    # What it began with: SQLAlchemy wraps what greenlet says.
+    print("ImportError:", error.__cause__ or error)
 sys.stdout.flush()
 """
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import asynccontextmanager
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-import asyncpg
+import psycopg
+import pytest
+from psycopg.rows import DictRow, dict_row
 from sqlalchemy import make_url, text
 
 if TYPE_CHECKING:
@@ -17,6 +20,36 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
 
 
+needs_asyncpg = pytest.mark.skipif(
+    find_spec("asyncpg") is None, reason="without asyncpg: it is not installed for this interpreter"
+)
+
+
+class Observer:
+    """A connection to the server over psycopg, which runs on every interpreter; see ``connect``."""
+
+    def __init__(self, connection: psycopg.AsyncConnection[DictRow]) -> None:
+        self._connection = connection
+
+    async def execute(self, statement: str, *arguments: object) -> None:
+        """Run a statement, or several where there are no arguments."""
+        await self._run(statement, arguments)
+
+    async def fetch(self, statement: str, *arguments: object) -> list[DictRow]:
+        return await (await self._run(statement, arguments)).fetchall()
+
+    async def fetchval(self, statement: str, *arguments: object) -> Any:
+        rows = await self.fetch(statement, *arguments)
+        return next(iter(rows[0].values())) if rows else None
+
+    async def close(self) -> None:
+        await self._connection.close()
+
+    async def _run(self, statement: str, arguments: tuple[object, ...]) -> psycopg.AsyncRawCursor[DictRow]:
+        cursor = psycopg.AsyncRawCursor(self._connection, row_factory=dict_row)
+        return await cursor.execute(statement.encode(), arguments or None)
+
+
 class Database:
     """A schema of its own, known to the server by the ``application_name`` of those who use it.
 
@@ -24,7 +57,7 @@ class Database:
     with a deferred foreign key to it.
     """
 
-    def __init__(self, url: str, name: str, observer: asyncpg.Connection[Any]) -> None:
+    def __init__(self, url: str, name: str, observer: Observer) -> None:
         self.url = url
         self.name = name
         self.observer = observer
@@ -49,16 +82,22 @@ class Database:
             await observer.close()
 
     def connection(self, ctxalchemy: ModuleType, *, suffix: str = "", **options: Any) -> Any:
-        """A ``DBConnect`` to it over asyncpg.  By default its pool has one connection, and no patience."""
-        settings = {"search_path": self.name, "application_name": self.name + suffix}
+        """A ``DBConnect`` to it.  By default its pool has one connection, and no patience."""
         defaults: dict[str, Any] = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 5}
         handler = options.pop("before_create_session_handler", None)
         return ctxalchemy.DBConnect.from_url(
             self.url,
             before_create_session_handler=handler,
-            connect_args={"server_settings": settings},
+            connect_args=self.connect_args(suffix),
             **(defaults | options),
         )
+
+    def connect_args(self, suffix: str = "") -> dict[str, Any]:
+        """What tells the driver which schema it is, and the server who uses it."""
+        application = self.name + suffix
+        if make_url(self.url).get_driver_name() == "psycopg":
+            return {"options": f"-csearch_path={self.name}", "application_name": application}
+        return {"server_settings": {"search_path": self.name, "application_name": application}}
 
     async def notes(self) -> list[str]:
         """The notes that are committed."""
@@ -99,10 +138,11 @@ class Database:
         return True
 
 
-async def connect(server_url: str, **settings: str) -> asyncpg.Connection[Any]:
+async def connect(server_url: str, **settings: str) -> Observer:
     """A connection to the server, without SQLAlchemy."""
     dsn = make_url(server_url).set(drivername="postgresql").render_as_string(hide_password=False)
-    return await asyncpg.connect(dsn, server_settings=settings)
+    options = " ".join(f"-c{name}={value}" for name, value in settings.items())
+    return Observer(await psycopg.AsyncConnection[DictRow].connect(dsn, autocommit=True, options=options))
 
 
 async def add_note(session: AsyncSession, name: str) -> None:

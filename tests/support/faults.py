@@ -26,10 +26,8 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import ModuleType
 
-    import asyncpg
-
     from .apps import Message, Transport
-    from .database import Database
+    from .database import Database, Observer
 
 
 class Observed(Protocol):
@@ -207,7 +205,7 @@ class CommitGate:
     its own: what it held back goes on at once, and may ask the observer while the gate is still opening.
     """
 
-    def __init__(self, database: Database, holder: asyncpg.Connection[Any]) -> None:
+    def __init__(self, database: Database, holder: Observer) -> None:
         self._database = database
         self._holder = holder
 
@@ -334,11 +332,8 @@ class Wire:
 
 def psycopg_connection(ctxalchemy: ModuleType, database: Database, **options: Any) -> Any:
     """A ``DBConnect`` to the database over psycopg, with a pool of one."""
-    return ctxalchemy.DBConnect.from_url(
-        make_url(database.url).set(drivername="postgresql+psycopg"),
-        connect_args={"options": f"-csearch_path={database.name}", "application_name": database.name},
-        **({"pool_size": 1, "max_overflow": 0, "pool_timeout": 5} | options),
-    )
+    url = make_url(database.url).set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
+    return type(database)(url, database.name, database.observer).connection(ctxalchemy, **options)
 
 
 class SQLiteDatabase:

@@ -1,0 +1,14 @@
+"""What only some interpreters have."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+needs_reference_counts = pytest.mark.skipif(
+    sys.implementation.name != "cpython", reason="there are no reference counts: what is dropped goes some time later"
+)
+
+# For other processes of this interpreter: without the GIL where this one is.
+OPTIONS = ["-Xgil=0"] if getattr(sys.flags, "gil", None) == 0 else []

@@ -1,0 +1,176 @@
+"""Many threads, with an event loop each, use contexts and connections at the same time; with the GIL or without."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from support.database import Database, add_note, checked_out, watched
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Iterator
+    from types import ModuleType
+
+THREADS = 8
+WITHOUT_GIL = getattr(sys.flags, "gil", None) == 0
+GREENLET_IS_SAFE = not WITHOUT_GIL or sys.version_info >= (3, 14)
+
+
+@pytest.fixture(autouse=True)
+def switching_often() -> Iterator[None]:
+    """With the GIL, threads take turns a thousand times as often as they would."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(5e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def in_threads(work: Callable[[int], Coroutine[Any, Any, None]]) -> None:
+    """Run this in many threads, each with an event loop of its own, from the same moment on."""
+    barrier = threading.Barrier(THREADS)
+    errors: list[BaseException] = []
+
+    def run(number: int) -> None:
+        barrier.wait()
+        try:
+            asyncio.run(work(number))
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(THREADS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise BaseExceptionGroup("threads failed", errors)
+
+
+class Session:
+    """What a test puts into a context."""
+
+    def __init__(self, owner: tuple[int, int]) -> None:
+        self.owner = owner
+
+
+def test_the_gil_stays_off(ctxalchemy: ModuleType) -> None:
+    """Where it was turned off, no import turned it on again."""
+    if not WITHOUT_GIL:
+        pytest.skip("this Python runs with the GIL")
+    assert ctxalchemy is not None
+    assert not getattr(sys, "_is_gil_enabled")()  # noqa: B009 - older type stubs do not have it
+
+
+def test_contexts_in_many_threads_are_kept_apart(ctxalchemy: ModuleType) -> None:
+    """The connections are everyone's; the contexts and what is in them are each task's own."""
+    core = ctxalchemy._core
+    connections = [ctxalchemy.DBConnect.from_url("sqlite+aiosqlite://") for _ in range(5)]
+
+    async def task(number: int, turn: int) -> None:
+        store = core.enter()
+        assert core.current() is store
+        mine = [Session((number, turn)) for _ in connections]
+        for connection, session in zip(connections, mine, strict=True):
+            ctxalchemy.put_db_session_to_context(connection, session)
+            await asyncio.sleep(0)
+        for connection, session in zip(connections, mine, strict=True):
+            assert await ctxalchemy.db_session(connection) is session
+            assert ctxalchemy.db_session_nowait(connection) is session
+        assert store.pop(connections[2]) is mine[2]
+        inner = core.enter()
+        with pytest.raises(StopIteration) as stopped:
+            ctxalchemy.db_session(connections[0]).send(None)
+        assert stopped.value.value is not mine[0]
+        inner.close()
+        core.leave(inner)
+        assert [session for _, session in store.close()] == [*mine[:2], *mine[3:]]
+        with pytest.raises(ctxalchemy.ContextClosedError):
+            await ctxalchemy.db_session(connections[0])
+        core.leave(store)
+        assert core.current() is None
+
+    async def work(number: int) -> None:
+        for turn in range(0, 200, 10):
+            await asyncio.gather(*(task(number, turn + each) for each in range(10)))
+
+    in_threads(work)
+
+
+def test_a_context_that_threads_share_stays_whole(ctxalchemy: ModuleType) -> None:
+    """Nothing gets lost, doubled or mixed up when everyone puts, finds and pops in the same store."""
+    if ctxalchemy.BACKEND == "python":
+        pytest.skip("threads that share a context may look up in pure Python, and not change it at the same time")
+    core = ctxalchemy._core
+    shared = [ctxalchemy.DBConnect.from_url("sqlite+aiosqlite://") for _ in range(3)]
+    store = core.SessionStore()
+    closed = core.SessionStore()
+    given: list[Any] = []
+
+    async def work(number: int) -> None:
+        own = ctxalchemy.DBConnect.from_url("sqlite+aiosqlite://")
+        for turn in range(300):
+            session = Session((number, turn))
+            store.put(own, session)
+            assert store.get(own) is session
+            connection = shared[turn % len(shared)]
+            store.put(connection, (connection, session))
+            found = store.get(connection)
+            assert found is None or found[0] is connection
+            found = store.pop(connection)
+            assert found is None or found[0] is connection
+            assert all(each[0] is key for key, each in store.items() if key in shared)
+            assert 1 <= len(store) <= THREADS + len(shared)
+            assert store.pop(own) is session
+            try:
+                closed.put(own, session)
+            except ctxalchemy.ContextClosedError:
+                assert closed.closed
+            if (number, turn) == (0, 150):
+                given.extend(closed.close())
+
+    in_threads(work)
+    assert len(store) == 0
+    assert len(given) <= THREADS
+    assert closed.items() == []
+
+
+async def test_a_connection_serves_many_event_loops_at_once(ctxalchemy: ModuleType, database: Database) -> None:
+    """Each loop has an engine of its own, is closed with its loop, and disturbs no other."""
+    if not GREENLET_IS_SAFE:
+        pytest.skip("greenlet, which SQLAlchemy is built on, crashes without the GIL before 3.14")
+    rounds, tasks = 4, 3
+    async with watched(database.connection(ctxalchemy, pool_size=tasks)) as connection:
+        loops = set[int]()
+        lock = threading.Lock()
+        at_work = threading.Barrier(THREADS)
+
+        async def request(name: str) -> None:
+            async with ctxalchemy.new_ctx():
+                session = await ctxalchemy.db_session(connection)
+                assert ctxalchemy.db_session_nowait(connection) is session
+                await add_note(session, name)
+
+        async def work(number: int) -> None:
+            with lock:
+                loops.add(id((await connection.session_maker()).kw["bind"]))
+            for turn in range(rounds):
+                await asyncio.gather(*(request(f"{number} {turn} {each}") for each in range(tasks)))
+            assert await checked_out(connection) == 0
+            # All have their engines by now: who closes, closes those of the others too.
+            await asyncio.to_thread(at_work.wait)
+            if number == 0:
+                await connection.close()
+            await asyncio.sleep(0.2)
+            await request(f"{number} after the closing")
+            await asyncio.to_thread(at_work.wait)
+            await (await connection.session_maker()).kw["bind"].dispose()
+
+        await asyncio.to_thread(in_threads, work)
+        assert len(loops) == THREADS
+        expected = {f"{n} {turn} {each}" for n in range(THREADS) for turn in range(rounds) for each in range(tasks)}
+        expected |= {f"{number} after the closing" for number in range(THREADS)}
+        assert set(await database.notes()) == expected
+        assert await database.settled()
