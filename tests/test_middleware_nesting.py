@@ -9,7 +9,7 @@ import pytest
 from starlette.applications import Starlette
 from starlette.responses import Response
 from starlette.routing import Mount, Route
-from support.apps import Answer, Kind, bare_app, build, call, client_of, each_kind
+from support.apps import Answer, Kind, bare_app, build, call, client_of, each_kind, http_scope
 from support.database import Database, add_note, count_notes
 from support.waiting import Gate
 
@@ -178,3 +178,75 @@ async def test_a_mounted_application_with_its_own_middleware_shares_the_context(
         ctxalchemy.starlette.add_starlette_http_db_session_middleware(app)
     assert (await call(outer))[0]["status"] == 409
     assert await database.notes() == []
+
+
+@pytest.mark.parametrize("copied", [False, True])
+async def test_the_scope_of_an_earlier_request_does_not_lead_into_the_context_of_a_later_one(
+    ctxalchemy: ModuleType, database: Database, connection: Any, other: Any, copied: bool
+) -> None:
+    """The mark in a scope is of one context; that there is one does not say that it is this request's."""
+    scope = http_scope()
+
+    async def inner() -> Answer:
+        await add_note(await ctxalchemy.db_session(other), "inner")
+        return Answer()
+
+    async def outer() -> Answer:
+        await add_note(await ctxalchemy.db_session(connection), "outer")
+        again = build("asgi", ctxalchemy, inner)
+        assert (await call(again, scope=dict(scope) if copied else scope))[0]["status"] == 200
+        assert await database.notes() == ["inner"]
+        return Answer(409)
+
+    async def nothing() -> Answer:
+        return Answer()
+
+    await call(build("asgi", ctxalchemy, nothing), scope=scope)
+    await call(build("asgi", ctxalchemy, outer))
+    assert await database.notes() == ["inner"]
+
+
+async def test_a_copied_scope_does_not_lead_into_a_context_opened_inside_its_request(
+    ctxalchemy: ModuleType, database: Database, connection: Any, other: Any
+) -> None:
+    async def inner() -> Answer:
+        assert ctxalchemy.get_db_session_from_context(connection) is None
+        await add_note(await ctxalchemy.db_session(other), "inner")
+        return Answer()
+
+    async def outer(scope: Any, _receive: Any, send: Any) -> None:
+        with pytest.raises(RuntimeError, match="undo the block"):
+            async with ctxalchemy.new_ctx():
+                await add_note(await ctxalchemy.db_session(connection), "block")
+                await call(build("asgi", ctxalchemy, inner), scope=dict(scope))
+                raise RuntimeError("undo the block")
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    await call(ctxalchemy.ASGIHTTPDBSessionMiddleware(outer))
+    assert await database.notes() == ["inner"]
+
+
+async def test_a_scope_that_is_used_again_does_not_lead_into_the_closed_context(
+    ctxalchemy: ModuleType, database: Database, connection: Any
+) -> None:
+    """A task of the first request, whose context is still current in it, serves a second one with the same scope."""
+    scope = http_scope()
+    gate = Gate()
+    tasks: list[asyncio.Task[Any]] = []
+
+    async def again() -> Any:
+        await gate()
+        return await call(app, scope=scope)
+
+    async def endpoint() -> Answer:
+        await add_note(await ctxalchemy.db_session(connection), f"request {len(tasks) + 1}")
+        if not tasks:
+            tasks.append(asyncio.create_task(again()))
+        return Answer()
+
+    app = build("asgi", ctxalchemy, endpoint)
+    await call(app, scope=scope)
+    gate.open()
+    assert (await tasks[0])[0]["status"] == 200
+    assert await database.notes() == ["request 1", "request 2"]
