@@ -1,0 +1,286 @@
+"""What the package relies on in SQLAlchemy, the drivers and asyncio without their having promised it.
+
+One test for each, with real objects.  Where one fails, a new version has changed what the name means: its message
+says which code uses it, and for what.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from sqlalchemy import event, make_url, text
+from sqlalchemy.exc import DBAPIError, IllegalStateChangeError, InvalidRequestError
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.orm import Session
+from sqlalchemy.util import await_only, concurrency, greenlet_spawn
+from support.database import Database, needs_asyncpg
+from support.sessions import Note
+from support.waiting import Gate, eventually
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from sqlalchemy.pool import ConnectionPoolEntry
+
+each_driver = pytest.mark.parametrize("driver", [pytest.param("asyncpg", marks=needs_asyncpg), "psycopg"])
+
+
+@asynccontextmanager
+async def engine_to(database: Database, driver: str, **options: Any) -> AsyncIterator[AsyncEngine]:
+    """An engine over this driver, with a pool of one."""
+    url = make_url(database.url).set(drivername=f"postgresql+{driver}")
+    connect_args = Database(url.render_as_string(), database.name, database.observer).connect_args()
+    engine = create_async_engine(url, pool_size=1, max_overflow=0, connect_args=connect_args, **options)
+    try:
+        yield engine
+    finally:
+        await engine.dispose()
+
+
+@pytest.fixture
+async def engine(database: Database) -> AsyncIterator[AsyncEngine]:
+    async with engine_to(database, "psycopg") as engine:
+        yield engine
+
+
+async def test_a_session_has_its_pending_objects_in_new(engine: AsyncEngine) -> None:
+    """``Session._new``."""
+    async with AsyncSession(engine) as session:
+        sync_session = session.sync_session
+        assert not sync_session._new, "_settling._close_idle would call close() for an empty session"
+        session.add(Note(name="pending"))
+        assert len(sync_session._new) == 1, "_settling._close_idle would not detach a pending object"
+        await session.flush()
+        assert not sync_session._new
+
+
+async def test_a_session_whose_close_state_is_closed_never_begins_again(engine: AsyncEngine) -> None:
+    """``Session._close_state`` and ``_SessionCloseState.CLOSED``."""
+    from sqlalchemy.orm.session import _SessionCloseState
+
+    why = "_settling._end sets it to make a closing permanent"
+    session = AsyncSession(engine)
+    await session.execute(text("SELECT 1"))
+    session.sync_session._close_state = _SessionCloseState.CLOSED
+    # What is open goes on, and can be ended.
+    await session.execute(text("SELECT 1"))
+    await session.rollback()
+    await session.close()
+    with pytest.raises(InvalidRequestError, match="permanently closed"):
+        await session.execute(text("SELECT 1"))
+    # The same as SQLAlchemy's own way to it.
+    closed = Session(close_resets_only=False)
+    closed.close()
+    assert closed._close_state is _SessionCloseState.CLOSED, why
+
+
+async def test_a_transaction_knows_its_connections_and_whose_they_are(engine: AsyncEngine) -> None:
+    """``SessionTransaction._connections``."""
+    why = "_settling._own_connections reads the connections and whose they are from it"
+
+    async def assert_one(session: AsyncSession, own: bool) -> None:
+        connection = await session.connection()
+        # The transaction around a savepoint has the connection, too.
+        await session.begin_nested()
+        transaction: Any = session.sync_session.get_transaction()
+        entries = set(transaction._connections.values())
+        assert {len(entry) for entry in entries} == {4}, why
+        assert [(entry[0], entry[-1]) for entry in entries] == [(connection.sync_connection, own)], why
+
+    async with AsyncSession(engine) as session:
+        await assert_one(session, own=True)
+    async with engine.connect() as given, AsyncSession(given) as session:
+        await assert_one(session, own=False)
+
+
+async def test_what_another_task_is_in_the_way_of_has_a_code_of_its_own(engine: AsyncEngine) -> None:
+    """``InvalidRequestError.code`` is ``isce`` where another task is getting a connection for the session."""
+    why = "_settling._is_concurrent tells by it that another task is at the session, and abandons it"
+    session = AsyncSession(engine)
+    async with engine.connect():
+        # The pool is empty, and this one waits for it.
+        waiting = asyncio.create_task(session.execute(text("SELECT 1")))
+        await asyncio.sleep(0.05)
+        for method in (session.commit, session.rollback, session.close):
+            with pytest.raises(InvalidRequestError) as raised:
+                await method()
+            assert raised.value.code == "isce", f"{method.__name__}(): {why}"
+            assert method is not session.close or isinstance(raised.value, IllegalStateChangeError), why
+    await waiting
+    await session.close()
+
+
+async def test_a_connection_knows_its_place_in_the_pool(engine: AsyncEngine) -> None:
+    """``_ConnectionFairy._connection_record``, and what the place remembers, and for how long."""
+    why = "_lost tells by it whether another task gives the connection up"
+    seen: list[Any] = []
+
+    def note(dbapi_connection: object, entry: ConnectionPoolEntry, _error: object) -> None:
+        # It is told of before the connection is closed.
+        seen.append(entry.dbapi_connection is dbapi_connection)
+        entry.info["noted"] = True
+
+    event.listen(engine.sync_engine, "invalidate", note)
+    async with engine.connect() as connection:
+        proxied: Any = connection.sync_connection.connection if connection.sync_connection else None
+        entry = proxied._connection_record
+        assert entry.dbapi_connection is proxied.dbapi_connection, why
+        await connection.invalidate()
+        assert seen == [True], why
+        assert entry.dbapi_connection is None, why
+        assert entry.info == {"noted": True}, why
+    async with engine.connect() as connection:
+        proxied = connection.sync_connection.connection if connection.sync_connection else None
+        assert proxied._connection_record is entry, why
+        assert not entry.info, why
+        proxied.detach()
+        assert proxied._connection_record is None, why
+        await greenlet_spawn(proxied.dbapi_connection.close)
+
+
+@needs_asyncpg
+async def test_the_adapter_of_asyncpg_is_locked_for_as_long_as_a_statement_takes(database: Database) -> None:
+    """``_execute_mutex``, from before the BEGIN to the end of the statement."""
+    async with engine_to(database, "asyncpg") as engine, engine.connect() as connection:
+        proxied = await connection.get_raw_connection()
+        adapter: Any = proxied.dbapi_connection
+        await _assert_locked_in_a_statement(database, connection, adapter._execute_mutex)
+
+
+async def test_the_adapter_of_aiosqlite_is_locked_for_as_long_as_a_statement_takes() -> None:
+    """``_execute_mutex`` too."""
+    why = "_cutting.is_busy tells by it that a task is in the middle of a statement"
+    slow = text("WITH RECURSIVE c (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c WHERE n < 1000000) SELECT max(n) FROM c")
+    engine = create_async_engine("sqlite+aiosqlite://")
+    async with engine.connect() as connection:
+        lock: Any = (await connection.get_raw_connection()).dbapi_connection._execute_mutex  # type: ignore[union-attr]
+
+        async def locked() -> bool:
+            return bool(lock.locked())
+
+        assert not await locked(), why
+        task = asyncio.create_task(connection.execute(slow))
+        assert await eventually(locked), why
+        await task
+        assert not await locked(), why
+    await engine.dispose()
+
+
+async def test_psycopg_is_locked_for_as_long_as_a_statement_takes(database: Database) -> None:
+    """``AsyncConnection.lock``."""
+    async with engine_to(database, "psycopg") as engine, engine.connect() as connection:
+        driver_connection: Any = (await connection.get_raw_connection()).driver_connection
+        await _assert_locked_in_a_statement(database, connection, driver_connection.lock)
+
+
+async def _assert_locked_in_a_statement(database: Database, connection: Any, lock: Any) -> None:
+    why = "_cutting.is_busy tells by it that a task is in the middle of a statement"
+    assert isinstance(lock, asyncio.Lock), why
+    assert not lock.locked(), why
+    task = asyncio.create_task(connection.execute(text("SELECT pg_sleep(0.3)")))
+    await asyncio.sleep(0)
+    assert lock.locked(), f"{why}, from before the BEGIN"
+    assert await eventually(lambda: _sleeps(database))
+    assert lock.locked(), why
+    await task
+    assert not lock.locked(), why
+
+
+async def _sleeps(database: Database) -> Any:
+    return await database.observer.fetchval(
+        "SELECT count(*) FROM pg_stat_activity WHERE application_name = $1 AND wait_event = 'PgSleep'", database.name
+    )
+
+
+async def test_a_lock_knows_who_is_next() -> None:
+    """``asyncio.Lock._waiters``: a lock that is handed on is not locked until the next one has run."""
+    why = "_cutting._is_taken tells by it that a task is in line for a statement"
+    lock: Any = asyncio.Lock()
+    assert not lock._waiters, why
+    await lock.acquire()
+    next_one = asyncio.create_task(lock.acquire())
+    await asyncio.sleep(0)
+    lock.release()
+    assert not lock.locked()
+    assert lock._waiters, why
+    await next_one
+    assert not lock._waiters, why
+    lock.release()
+
+
+@needs_asyncpg
+async def test_asyncpg_says_that_another_operation_is_in_progress(database: Database) -> None:
+    """The words of its error, which has no class of its own."""
+    async with engine_to(database, "asyncpg") as engine, engine.connect() as connection:
+        await connection.execute(text("SELECT 1"))
+        driver_connection: Any = (await connection.get_raw_connection()).driver_connection
+        task = asyncio.create_task(driver_connection.execute("SELECT pg_sleep(0.3)"))
+        assert await eventually(lambda: _sleeps(database))
+        with pytest.raises(DBAPIError) as raised:
+            await connection.commit()
+        assert "another operation is in progress" in str(raised.value), "_lost.was_busy looks for these words"
+        await task
+
+
+@each_driver
+async def test_a_dialect_ends_a_connection_that_the_pool_does_not_know(database: Database, driver: str) -> None:
+    """``Dialect.do_terminate``."""
+    async with engine_to(database, driver) as engine, engine.connect() as connection:
+        await connection.execute(text("SELECT 1"))
+        assert await database.backends() == ["idle in transaction"]
+        proxied = await connection.get_raw_connection()
+        await greenlet_spawn(engine.dialect.do_terminate, proxied.dbapi_connection)
+
+        async def ended() -> bool:
+            return await database.backends() == []
+
+        assert await eventually(ended), "_cutting.cut and _settling._give_up end connections by it"
+        await connection.invalidate()
+
+
+async def test_psycopg_closes_without_waiting(database: Database) -> None:
+    """``AsyncConnection.pgconn.finish()``."""
+    async with engine_to(database, "psycopg") as engine, engine.connect() as connection:
+        driver_connection: Any = (await connection.get_raw_connection()).driver_connection
+        driver_connection.pgconn.finish()
+        assert driver_connection.closed, "_cutting._close_psycopg closes it so where nothing can be awaited"
+        await connection.invalidate()
+
+
+async def test_a_greenlet_knows_that_it_can_wait() -> None:
+    """``greenlet_spawn``, ``await_only`` and ``in_greenlet`` of ``sqlalchemy.util``."""
+    gate = Gate()
+    gate.open()
+
+    def inside() -> bool:
+        await_only(gate())
+        return concurrency.in_greenlet()
+
+    assert not concurrency.in_greenlet(), "_cutting.cut may not wait outside of a greenlet"
+    assert await greenlet_spawn(inside), "_cutting.cut may wait in a greenlet"
+    assert gate.arrivals == 1
+
+
+def test_a_session_maker_makes_what_its_class_makes_of_its_options() -> None:
+    """``async_sessionmaker.class_`` and ``kw``."""
+
+    class Subclass(AsyncSession):
+        pass
+
+    engine = create_async_engine("sqlite+aiosqlite://")
+    maker = async_sessionmaker(engine, class_=Subclass, expire_on_commit=False, autoflush=False, info={"of": "all"})
+    for session in (maker(), maker.class_(**maker.kw)):
+        assert type(session) is Subclass, "DBConnect makes its sessions by these two"
+        assert session.bind is engine
+        assert (session.sync_session.expire_on_commit, session.autoflush, session.info) == (False, False, {"of": "all"})
+
+
+def test_the_methods_that_end_a_session_are_of_its_class() -> None:
+    """``AsyncSession`` defines ``commit``, ``rollback`` and ``close`` itself, and has a ``__dict__``."""
+    session = AsyncSession()
+    for method in ("commit", "rollback", "close"):
+        assert method in vars(AsyncSession), "_settling._keeps compares the methods of the class"
+        assert method not in session.__dict__, "_settling._keeps looks here for what has been patched"
