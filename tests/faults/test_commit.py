@@ -14,7 +14,7 @@ from starlette.middleware import Middleware
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from support.apps import KINDS, TRANSPORTS, Answer, Kind, Transport, bare_app, build, call
-from support.database import add_note, break_commit, count_notes
+from support.database import add_note, break_commit, checked_out, count_notes
 from support.faults import (
     CommitGate,
     SQLiteDatabase,
@@ -461,6 +461,35 @@ async def test_the_connection_breaks_while_commit_is_on_its_way(
             wire.release()
         assert response.status_code == 500
         assert isinstance(await witness.error(), DBAPIError)
+        await assert_whole(ctxalchemy, database, connection, notes=[])
+        await connection.close()
+
+
+async def test_a_server_that_falls_silent_at_commit_is_waited_for_as_long_as_the_driver_says(
+    ctxalchemy: ModuleType, database: Database
+) -> None:
+    """A cancellation does not cut the commit short: ``command_timeout`` does."""
+    async with Wire.to(database.url) as wire:
+        url = f"{wire.url(database.url)}?command_timeout=0.5"
+        connection = type(database)(url, database.name, database.observer).connection(ctxalchemy)
+
+        async def endpoint() -> Answer:
+            await add_note(await ctxalchemy.db_session(connection), "lost")
+            wire.hold(b"COMMIT")
+            return Answer()
+
+        witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), connection)
+        started = asyncio.get_running_loop().time()
+        request = asyncio.create_task(call(witness))
+        await wire.held()
+        request.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await request
+        # And what asyncpg gives itself to close.
+        assert asyncio.get_running_loop().time() - started < 10
+        assert await checked_out(connection) == 0
+        assert await database.terminate("idle in transaction") == 1
+        wire.release()
         await assert_whole(ctxalchemy, database, connection, notes=[])
         await connection.close()
 
