@@ -99,7 +99,7 @@ def check_files(native: Mapping[Interpreter, str]) -> None:
     expect(found, {"PKG-INFO", *FILES, *sources(*FOLDERS)}, SDIST)
 
     package = {path.removeprefix("python/") for path in sources("python")}
-    info = {f"{DIST_INFO}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "licenses/LICENSE")}
+    info = {f"{DIST_INFO}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE")}
     expect(names(PURE), package | info, PURE)
     metadata = metadata_of(PURE)
     for interpreter, wheel in native.items():

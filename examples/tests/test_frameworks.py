@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
 EXAMPLES = Path(__file__).parents[1]
+# Litestar imports advanced-alchemy where that is installed, as the benchmarks have it.
+pytestmark = pytest.mark.filterwarnings("ignore:The declarative_mixin:sqlalchemy.exc.SADeprecationWarning")
+
 FRAMEWORKS = ["with_fastapi", "with_starlette", "with_asgi", "with_litestar", "with_quart"]
 
 
