@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import gc
 import importlib
+import logging
 import os
 import sys
 from pathlib import Path
@@ -46,6 +47,8 @@ def main() -> None:
 async def soak(package: ModuleType, url: str, seed: int, seconds: float) -> None:
     from support.soak import Soak
 
+    # There would be a warning for most of the faults.
+    logging.disable(logging.CRITICAL)
     # What asyncpg leaves unsaid when it is cut off, it would say to the log.
     asyncio.get_running_loop().set_exception_handler(lambda *_: None)
     gc.disable()

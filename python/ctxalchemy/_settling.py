@@ -467,7 +467,8 @@ def _is_concurrent(error: BaseException) -> bool:
 
 def _abandon(session: Session, why: Callable[[], Exception]) -> None:
     """Give up what another task is just getting a connection for: that is cut when it comes."""
-    _telling.warn_of_busy(session)
+    if not _is_abandoned(session):
+        _telling.warn_of_busy(session)
     if _CUT not in session.info:
         event.listen(session, "after_begin", _cut)
     session.info[_CUT] = why
