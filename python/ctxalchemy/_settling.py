@@ -253,6 +253,8 @@ async def close_session(session: AsyncSession) -> None:
         finally:
             if _is_own(session):
                 begun_meanwhile = _own_connections(session.sync_session)
+                if begun_meanwhile:
+                    await greenlet_spawn(_cut_busy, session.sync_session)
             await session.close()
     except BaseException as error:
         if _is_own(session) and _is_concurrent(error):

@@ -13,7 +13,7 @@ from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession
 from support.apps import KINDS, Answer, Kind, build, call, http_scope
 from support.database import add_note, break_commit, checked_out, count_notes, pool_of
-from support.faults import CommitGate, Witness, assert_whole, client_of, connection_with
+from support.faults import CommitGate, Witness, assert_whole, client_of, connection_with, over_psycopg
 from support.sessions import ClosingSession, Note, OverriddenSession, maker_creator
 from support.waiting import Gate, eventually
 
@@ -365,12 +365,14 @@ async def test_a_task_that_executes_on_the_session_after_the_closing_gets_an_err
     await assert_whole(ctxalchemy, database, connection, notes=notes)
 
 
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
 @pytest.mark.parametrize("session_class", [AsyncSession, OverriddenSession])
 async def test_a_task_that_begins_again_in_a_session_while_that_is_rolled_back_leaves_nothing_open(
-    ctxalchemy: ModuleType, database: Database, session_class: type[AsyncSession]
+    ctxalchemy: ModuleType, database: Database, session_class: type[AsyncSession], driver: str
 ) -> None:
-    """It would be in the middle of a statement when the session is closed, which asyncpg refuses."""
-    connection = connection_with(ctxalchemy, database, session_class, pool_size=2)
+    """It is in the middle of a statement when the session is closed: asyncpg refuses, psycopg would wait for its end."""
+    over = over_psycopg(database) if driver == "psycopg" else database
+    connection = connection_with(ctxalchemy, over, session_class, pool_size=2)
     tasks: list[asyncio.Task[Any]] = []
 
     def reset(dbapi_connection: Any, *_: Any) -> None:

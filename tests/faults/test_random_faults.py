@@ -12,6 +12,7 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 import pytest
+from support.database import needs_asyncpg
 from support.soak import Soak
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def no_log() -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
+@needs_asyncpg
 async def test_after_random_faults_the_ledger_balances(ctxalchemy: ModuleType, postgres_url: str) -> None:
     """Every write that was answered with success is there, none that failed is; nothing leaks, nothing grows."""
     seed = int(os.environ.get("SOAK_SEED") or SystemRandom().randrange(2**32))

@@ -330,10 +330,15 @@ class Wire:
         target.close()
 
 
+def over_psycopg(database: Database) -> Database:
+    """The same database, for connections over psycopg."""
+    url = make_url(database.url).set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
+    return type(database)(url, database.name, database.observer)
+
+
 def psycopg_connection(ctxalchemy: ModuleType, database: Database, **options: Any) -> Any:
     """A ``DBConnect`` to the database over psycopg, with a pool of one."""
-    url = make_url(database.url).set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
-    return type(database)(url, database.name, database.observer).connection(ctxalchemy, **options)
+    return over_psycopg(database).connection(ctxalchemy, **options)
 
 
 class SQLiteDatabase:
