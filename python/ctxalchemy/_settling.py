@@ -254,6 +254,7 @@ async def close_session(session: AsyncSession) -> None:
             if _is_own(session):
                 begun_meanwhile = _own_connections(session.sync_session)
                 if begun_meanwhile:
+                    # psycopg would wait for the end of a statement.
                     await greenlet_spawn(_cut_busy, session.sync_session)
             await session.close()
     except BaseException as error:

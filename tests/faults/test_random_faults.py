@@ -30,7 +30,7 @@ def no_log() -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
-@needs_asyncpg
+@needs_asyncpg  # See Soak: psycopg does not survive it.
 async def test_after_random_faults_the_ledger_balances(ctxalchemy: ModuleType, postgres_url: str) -> None:
     """Every write that was answered with success is there, none that failed is; nothing leaks, nothing grows."""
     seed = int(os.environ.get("SOAK_SEED") or SystemRandom().randrange(2**32))
