@@ -23,7 +23,8 @@ def is_busy(connection: Connection) -> bool:
 
     Drivers need not notice: before the BEGIN of a transaction is through, asyncpg has nothing to commit,
     and would let the connection go while the statement behind it goes on.  SQLAlchemy's adapters hold
-    a lock from before the BEGIN to the end of the statement, except that for psycopg, which has its own.
+    a lock from before the BEGIN to the end of the statement, except that for psycopg, which has its own,
+    and before SQLAlchemy 2.1 that for aiosqlite, whose thread does one thing after the other.
     """
     proxied = connection.connection
     lock = getattr(proxied.dbapi_connection, "_execute_mutex", None)
