@@ -228,6 +228,20 @@ async def test_closing_ends_the_connections_and_the_next_use_opens_new_ones(
     assert await database.notes() == ["first", "second"]
 
 
+async def test_an_engine_that_the_creator_returns_again_keeps_its_connections_again(
+    ctxalchemy: ModuleType, database: Database, connection: Any
+) -> None:
+    engine = connection.engine_creator(connection.host)
+    connection.engine_creator = lambda _host: engine
+    processes = []
+    for _ in range(3):
+        async with ctxalchemy.new_ctx():
+            processes.append(await (await ctxalchemy.db_session(connection)).scalar(text("SELECT pg_backend_pid()")))
+        if len(processes) == 1:
+            await connection.close()
+    assert processes[0] != processes[1] == processes[2]
+
+
 async def test_a_session_in_flight_finishes_after_the_connection_was_closed(
     ctxalchemy: ModuleType, database: Database, connection: Any
 ) -> None:

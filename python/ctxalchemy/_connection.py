@@ -235,6 +235,9 @@ class _Engine:
         self._entries: WeakSet[ConnectionPoolEntry] = WeakSet()
         event.listen(engine.sync_engine, "connect", self._connected)
         _lost.watch(engine)
+        if event.contains(engine.sync_engine, "checkin", _close_returned):
+            # A creator may return one engine each time; this one has been closed before, and is in use again.
+            event.remove(engine.sync_engine, "checkin", _close_returned)
 
     def _connected(self, _dbapi_connection: object, entry: ConnectionPoolEntry) -> None:
         self._entries.add(entry)
