@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from support.database import Database, add_note, break_commit, checked_out
 
@@ -57,6 +57,52 @@ async def test_close_undoes_it_and_the_next_use_makes_another_session(
         assert another is not session
         await add_note(another, "kept")
     assert await database.notes() == ["kept"]
+
+
+async def test_a_listener_that_restarts_savepoints_does_not_fail_at_the_close(
+    ctxalchemy: ModuleType, database: Database, connection: Any
+) -> None:
+    """The recipe of many test suites; it tries to begin in a session that is just being closed for good."""
+
+    def restart(session: Any, transaction: Any) -> None:
+        if transaction.nested and not transaction.parent.nested:
+            session.begin_nested()
+
+    processes = []
+    for _ in range(2):
+        async with ctxalchemy.new_ctx():
+            session = await ctxalchemy.db_session(connection)
+            processes.append(await session.scalar(text("SELECT pg_backend_pid()")))
+            event.listen(session.sync_session, "after_transaction_end", restart)
+            await session.begin_nested()
+            await add_note(session, "undone")
+            await ctxalchemy.close_db_session(connection)
+            assert await checked_out(connection) == 0
+    assert await database.notes() == []
+    assert len(set(processes)) == 1
+
+
+async def test_a_listener_that_queries_after_a_rollback_does_not_fail_at_the_close(
+    ctxalchemy: ModuleType, database: Database, connection: Any
+) -> None:
+    """As the documentation of SQLAlchemy does it."""
+
+    def query(session: Any, _previous: Any) -> None:
+        if session.is_active:
+            answers.append(session.execute(text("SELECT 1")).scalar())
+
+    answers: list[int] = []
+    async with ctxalchemy.new_ctx():
+        session = await ctxalchemy.db_session(connection)
+        event.listen(session.sync_session, "after_soft_rollback", query)
+        await add_note(session, "undone")
+        await ctxalchemy.rollback_db_session(connection)
+        assert answers == [1]
+        await add_note(session, "undone")
+        await ctxalchemy.close_db_session(connection)
+        assert await checked_out(connection) == 0
+    assert answers == [1]
+    assert await database.notes() == []
 
 
 async def test_a_failed_commit_comes_through_and_the_session_can_be_used_after_a_rollback(

@@ -369,6 +369,8 @@ def _rollback(session: Session, why: Callable[[], Exception] = _rolled_back) -> 
         if _is_concurrent(error):
             _abandon(session, why)
             return
+        if _has_ended(error):
+            return  # A listener of the user's tried to begin in it again; whoever closes it does the rest.
         _give_up(held)
         if not (isinstance(error, DBAPIError) and was_busy(error)):
             raise
@@ -466,6 +468,11 @@ def _check_connections(session: Session) -> None:
 def _is_concurrent(error: BaseException) -> bool:
     """Whether SQLAlchemy says that another task is just getting a connection for the session, or settling it."""
     return isinstance(error, InvalidRequestError) and error.code == "isce"
+
+
+def _has_ended(error: BaseException) -> bool:
+    """Whether SQLAlchemy says that the session is closed for good, and cannot begin again."""
+    return isinstance(error, InvalidRequestError) and "permanently closed" in str(error)
 
 
 def _abandon(session: Session, why: Callable[[], Exception]) -> None:
