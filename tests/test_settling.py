@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from support.database import Database, add_note, break_commit, checked_out
 from support.sessions import Journal, Note, SessionDouble, keep_journal
+from support.waiting import Gate
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -249,3 +251,54 @@ async def test_the_first_error_is_not_masked_by_what_fails_after_it(
             await ctxalchemy.commit_all_sessions()
         assert caught.value is first
         assert "the rollback" in "".join(first.__notes__)
+
+
+class SlowDouble(SessionDouble):
+    """Its rollback waits at a gate."""
+
+    def __init__(self, gate: Gate, **failures: Exception) -> None:
+        super().__init__([], "slow", **failures)
+        self._gate = gate
+
+    async def rollback(self) -> None:
+        await self._gate()
+        await super().rollback()
+
+
+async def _cancel_at(gate: Gate, settling: Any) -> asyncio.CancelledError:
+    task = asyncio.create_task(settling)
+    await gate.reached()
+    task.cancel()
+    # It is at the rollback even so, until that is through.
+    await asyncio.sleep(0)
+    gate.open()
+    with pytest.raises(asyncio.CancelledError) as raised:
+        await task
+    return raised.value
+
+
+async def test_a_cancellation_while_the_rest_is_rolled_back_tells_what_was_committed(
+    ctxalchemy: ModuleType, connection: Any, other: Any, third: Any
+) -> None:
+    gate = Gate()
+    failure = ValueError("the second")
+    async with ctxalchemy.new_ctx():
+        ctxalchemy.put_db_session_to_context(connection, SessionDouble([], "first"))
+        ctxalchemy.put_db_session_to_context(other, SessionDouble([], "second", commit=failure))
+        ctxalchemy.put_db_session_to_context(third, SlowDouble(gate))
+        cancelled = await _cancel_at(gate, ctxalchemy.commit_all_sessions())
+    assert cancelled.__notes__ == [str(ctxalchemy.PartialCommitError([connection], [other, third]))]
+    assert cancelled.__context__ is failure
+
+
+async def test_a_cancellation_between_failed_rollbacks_tells_of_all_of_them(
+    ctxalchemy: ModuleType, connection: Any, other: Any
+) -> None:
+    gate = Gate()
+    async with ctxalchemy.new_ctx():
+        ctxalchemy.put_db_session_to_context(connection, SessionDouble([], "first", rollback=ValueError("the first")))
+        ctxalchemy.put_db_session_to_context(other, SlowDouble(gate, rollback=ValueError("the second")))
+        cancelled = await _cancel_at(gate, ctxalchemy.rollback_all_sessions())
+    assert cancelled.__notes__ == [
+        f"while sessions were being rolled back: ValueError: {which}" for which in ("the first", "the second")
+    ]

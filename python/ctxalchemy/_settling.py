@@ -72,10 +72,15 @@ async def commit_all(store: SessionStore, before_commit: BeforeCommitCallback | 
     except BaseException as error:
         begun = list(_begun(store, {}))
         failed += [connection for connection, _ in begun if connection not in failed]
-        if begun:
-            await _after(error, rollback_session, *(session for _, session in begun))
-        if committed:
-            partial = PartialCommitError(committed, failed)
+        partial = PartialCommitError(committed, failed) if committed else None
+        try:
+            if begun:
+                await _after(error, rollback_session, *(session for _, session in begun))
+        except BaseException as cancelled:
+            if partial is not None:
+                cancelled.add_note(str(partial))
+            raise
+        if partial is not None:
             if isinstance(error, Exception):
                 raise partial from error
             error.add_note(str(partial))
@@ -142,7 +147,12 @@ async def _for_each(
             await operation(session)
         except BaseException as error:
             failures = [error]
-            await _out_of_reach(error, operation, sessions, failures)
+            try:
+                await _out_of_reach(error, operation, sessions, failures)
+            except BaseException as cancelled:
+                for failure in failures:
+                    add_note(cancelled, f"while sessions were being {done}", failure)
+                raise
             _raise(failures, f"several sessions could not be {done}")
 
 
