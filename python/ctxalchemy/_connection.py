@@ -252,6 +252,7 @@ class _Engine:
 
     async def end(self) -> None:
         """Close every connection, those in flight too."""
+        _lost.watch_commits(self.engine.sync_engine)
         for entry in list(self._entries):
             await greenlet_spawn(entry.invalidate)
 

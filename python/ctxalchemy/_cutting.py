@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy.util import await_only
 from sqlalchemy.util.concurrency import in_greenlet
 
-from ._lost import pool_entry
+from ._lost import pool_entry, watch_commits
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -37,6 +37,7 @@ def _is_taken(lock: Any) -> bool:
 
 def cut(connection: Connection) -> None:
     """Give the connection up, and end the statement on it."""
+    watch_commits(connection)
     if not connection.invalidated and is_busy(connection) and in_greenlet():
         # asyncpg ends it itself when it closes.
         driver_connection: Any = connection.connection.driver_connection

@@ -7,7 +7,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, cast
 from weakref import WeakSet
 
-from sqlalchemy import Connection, event
+from sqlalchemy import Connection, Engine, event
 from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.util import await_only
 from sqlalchemy.util.concurrency import in_greenlet
@@ -28,17 +28,23 @@ _PATIENCE = 4.0
 
 def watch(engine: AsyncEngine) -> None:
     """Remember which connections of this engine a statement fails on, and which are given up."""
-    sync_engine = engine.sync_engine
+    event.listen(engine.sync_engine, "invalidate", _give_up)
+    # First, because no listener is asked after one of the application's has raised an error of its own.
+    event.listen(engine.sync_engine, "handle_error", _remember, insert=True)
 
-    def give_up(_dbapi_connection: object, entry: ConnectionPoolEntry, _error: object) -> None:
-        entry.info[_GIVEN_UP] = True
-        # From now on the application's own commits and rollbacks are watched too.
-        if not event.contains(sync_engine, "commit", raise_if_ended):
-            event.listen(sync_engine, "commit", raise_if_ended)
-            event.listen(sync_engine, "rollback", wait_until_given_up)
 
-    event.listen(sync_engine, "invalidate", give_up)
-    event.listen(sync_engine, "handle_error", _remember)
+def watch_commits(target: Connection | Engine) -> None:
+    """Keep the application's own commits and rollbacks from what is about to be given up.
+
+    Not on every engine from the start: each listener there costs something with each statement.
+    """
+    if not event.contains(target, "commit", raise_if_ended):
+        event.listen(target, "commit", raise_if_ended)
+        event.listen(target, "rollback", wait_until_given_up)
+
+
+def _give_up(_dbapi_connection: object, entry: ConnectionPoolEntry, _error: object) -> None:
+    entry.info[_GIVEN_UP] = True
 
 
 def _remember(context: ExceptionContext) -> None:
@@ -48,12 +54,15 @@ def _remember(context: ExceptionContext) -> None:
     if is_being_given_up(connection):
         # SQLAlchemy would close it a second time, and when the first closing is over, drop what has taken its place.
         context.is_disconnect = False
-    elif context.dialect.name == "postgresql":
+        return
+    if context.dialect.name == "postgresql":
         _erred.add(connection)
         if context.statement is None and was_busy(context.original_exception):
             # SQLAlchemy would return it to the pool in the middle of another task's statement.
             context.is_disconnect = True
             context.invalidate_pool_on_disconnect = False
+    if context.is_disconnect:
+        watch_commits(connection)
 
 
 def was_busy(error: BaseException) -> bool:

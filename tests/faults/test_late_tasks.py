@@ -370,7 +370,7 @@ async def test_a_task_that_executes_on_the_session_after_the_closing_gets_an_err
 async def test_a_task_that_begins_again_in_a_session_while_that_is_rolled_back_leaves_nothing_open(
     ctxalchemy: ModuleType, database: Database, session_class: type[AsyncSession], driver: str
 ) -> None:
-    """It is in the middle of a statement when the session is closed: asyncpg refuses, psycopg would wait for its end."""
+    """It is in the middle of a statement when the session is closed; asyncpg refuses, psycopg would wait."""
     over = over_psycopg(database) if driver == "psycopg" else database
     connection = connection_with(ctxalchemy, over, session_class, pool_size=2)
     tasks: list[asyncio.Task[Any]] = []
