@@ -392,9 +392,15 @@ async def test_two_event_loops_share_a_connection_under_load(
     ctxalchemy: ModuleType, database: Database, hosted: Any
 ) -> None:
     """Requests in two threads at once, while a third changes the host."""
-    stop = threading.Event()
+    served = {"here ": threading.Event(), "there ": threading.Event()}
 
     async def serve(prefix: str) -> None:
+        try:
+            await serve_requests(prefix)
+        finally:
+            served[prefix].set()
+
+    async def serve_requests(prefix: str) -> None:
         async def endpoint() -> Answer:
             session = await ctxalchemy.db_session(hosted)
             await add_note(session, f"{prefix}{next(numbers):02}")
@@ -408,15 +414,13 @@ async def test_two_event_loops_share_a_connection_under_load(
         assert await checked_out(hosted) == 0
 
     async def serve_and_leave(prefix: str) -> None:
-        try:
-            await serve(prefix)
-        finally:
-            stop.set()
+        await serve(prefix)
         # Those of this loop; the others are in the middle of it.
         await hosted.close()
 
     async def change() -> None:
-        while not stop.is_set():
+        # A second closing would end what is in flight.
+        while not all(each.is_set() for each in served.values()):
             await hosted.change_host(NEW if hosted.host == OLD else OLD)
             await asyncio.sleep(0.01)
         await hosted.close()
