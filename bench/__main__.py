@@ -17,8 +17,18 @@ def pytest_benchmark(quick: bool = False) -> None:
     """The micro cases under pytest-benchmark."""
     RESULTS.mkdir(exist_ok=True)
     target = RESULTS / f"{interpreter()}-pytest-benchmark.json"
-    # Without the configuration of the tests, which is not about benchmarks.
-    options = ["-q", "-c", os.devnull, "-p", "no:cacheprovider", "--benchmark-only", f"--benchmark-json={target}"]
+    # Without the configuration of the tests, which is not about benchmarks, and without the package's own plugin.
+    options = [
+        "-q",
+        "-c",
+        os.devnull,
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:ctxalchemy",
+        "--benchmark-only",
+        f"--benchmark-json={target}",
+    ]
     chosen = ["-k", "hit"] if quick else []
     subprocess.run([sys.executable, "-m", "pytest", "bench/test_micro.py", *options, *chosen], check=True)
 

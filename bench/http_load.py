@@ -116,7 +116,7 @@ def run(quick: bool = False) -> None:
         bursts = {way: partial(burst, stack.enter_context(served(way))) for way in ways()}
         for warm_up in bursts.values():
             warm_up(1)
-        samples = in_turns({way: partial(load, 1) for way, load in bursts.items()}, 3 if quick else 9)
+        samples = in_turns({way: partial(load, 1) for way, load in bursts.items()}, 3 if quick else 15)
     figures = {way: _medians(each) for way, each in samples.items()}
     save("http", figures, libraries.backends(), load=f"wrk, {CONNECTIONS} connections")
     _print(figures)

@@ -313,7 +313,7 @@ def _measure(runner: asyncio.Runner, url: str, work: str, quick: bool) -> dict[s
         counts = {name: repetitions(partial(nanoseconds, app), 1e7 if slow else 3e6) for name, app in apps.items()}
         with no_collector():
             measures = {name: partial(served, app, counts[name]) for name, app in apps.items()}
-            samples = in_turns(measures, 10 if quick else 60)
+            samples = in_turns(measures, 10 if quick else 300 if slow else 60)
     finally:
         runner.run(context.__aexit__(None, None, None))
     return {
