@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import asyncio
 from time import monotonic
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakSet
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.exc import InvalidRequestError
+from sqlalchemy.pool.base import _ConnectionFairy
 from sqlalchemy.util import await_only
 from sqlalchemy.util.concurrency import in_greenlet
 
 from ._errors import see
 
 if TYPE_CHECKING:
-    from sqlalchemy import ExceptionContext
+    from sqlalchemy import Dialect, ExceptionContext
+    from sqlalchemy.engine.interfaces import DBAPICursor
     from sqlalchemy.ext.asyncio import AsyncEngine
     from sqlalchemy.pool import ConnectionPoolEntry
-    from sqlalchemy.pool.base import _ConnectionFairy
 
-_erred: WeakSet[Connection] = WeakSet()
+_watched: WeakSet[Dialect] = WeakSet()
+_erred: WeakSet[_ConnectionFairy] = WeakSet()
 _GIVEN_UP = "ctxalchemy: given up"
 _PATIENCE = 4.0
 """Seconds for another task to close a connection: twice what SQLAlchemy gives asyncpg for it."""
@@ -29,8 +31,29 @@ _PATIENCE = 4.0
 def watch(engine: AsyncEngine) -> None:
     """Remember which connections of this engine a statement fails on, and which are given up."""
     event.listen(engine.sync_engine, "invalidate", _give_up)
-    # First, because no listener is asked after one of the application's has raised an error of its own.
-    event.listen(engine.sync_engine, "handle_error", _remember, insert=True)
+    event.listen(engine.sync_engine, "handle_error", _spare)
+    _note_errors(engine.sync_engine.dialect)
+
+
+def _note_errors(dialect: Dialect) -> None:
+    """Note which connections a statement fails on.
+
+    SQLAlchemy asks this of the dialect for each error.  The listeners for ``handle_error`` it asks later, and no more
+    of them once one has raised an error in place of the first; those of the application's may come before ours, and
+    there is no way to put one first.
+    """
+    if dialect.name != "postgresql" or dialect in _watched:
+        return
+    is_disconnect = dialect.is_disconnect
+
+    def note(e: Any, connection: Any, cursor: DBAPICursor | None) -> bool:
+        # A connection that is only being set up is of another class.
+        if isinstance(connection, _ConnectionFairy):
+            _erred.add(connection)
+        return is_disconnect(e, connection, cursor)
+
+    dialect.is_disconnect = note  # type: ignore[method-assign]
+    _watched.add(dialect)
 
 
 def watch_commits(target: Connection | Engine) -> None:
@@ -47,7 +70,7 @@ def _give_up(_dbapi_connection: object, entry: ConnectionPoolEntry, _error: obje
     entry.info[_GIVEN_UP] = True
 
 
-def _remember(context: ExceptionContext) -> None:
+def _spare(context: ExceptionContext) -> None:
     connection = context.connection
     if connection is None or connection.closed or connection.invalidated:
         return
@@ -55,12 +78,10 @@ def _remember(context: ExceptionContext) -> None:
         # SQLAlchemy would close it a second time, and when the first closing is over, drop what has taken its place.
         context.is_disconnect = False
         return
-    if context.dialect.name == "postgresql":
-        _erred.add(connection)
-        if context.statement is None and was_busy(context.original_exception):
-            # SQLAlchemy would return it to the pool in the middle of another task's statement.
-            context.is_disconnect = True
-            context.invalidate_pool_on_disconnect = False
+    if context.statement is None and was_busy(context.original_exception):
+        # SQLAlchemy would return it to the pool in the middle of another task's statement.
+        context.is_disconnect = True
+        context.invalidate_pool_on_disconnect = False
     if context.is_disconnect:
         watch_commits(connection)
 
@@ -73,7 +94,13 @@ def was_busy(error: BaseException) -> bool:
 def raise_if_lost(connection: Connection) -> None:
     """Raise where the transaction of this connection cannot be committed any more."""
     raise_if_ended(connection)
-    if _erred and connection in _erred:
+    dialect = connection.dialect
+    is_of_the_user = dialect.name == "postgresql" and dialect not in _watched
+    if is_of_the_user:
+        # An engine of the application's own, in a session that it has put into the context: what has failed
+        # on it so far, nobody has noted.
+        _note_errors(dialect)
+    if is_of_the_user or (_erred and connection.connection in _erred):
         # After an error in a transaction PostgreSQL refuses every statement but ROLLBACK, but it answers
         # COMMIT by rolling back, without an error: https://www.postgresql.org/docs/current/sql-commit.html
         # Whether it is so, the server knows: a savepoint may have dealt with it, or it was the driver's own.

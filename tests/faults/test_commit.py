@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
-from sqlalchemy import text
+from sqlalchemy import Engine, event, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, PendingRollbackError
+from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.responses import JSONResponse, Response
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import ModuleType
 
-    from sqlalchemy.ext.asyncio import AsyncSession
+    from sqlalchemy.ext.asyncio import AsyncEngine
     from support.database import Database
 
 
@@ -196,6 +197,65 @@ async def test_a_transaction_that_the_server_has_aborted_is_no_success_in_an_ove
     assert isinstance(await witness.error(), DBAPIError)
     await assert_whole(ctxalchemy, database, connection, notes=[])
     await connection.close()
+
+
+@pytest.mark.parametrize("of", ["the engine", "every engine"])
+async def test_a_listener_that_raises_an_error_of_its_own_hides_no_aborted_transaction(
+    ctxalchemy: ModuleType, database: Database, of: str
+) -> None:
+    """SQLAlchemy asks no other listener then; those of the creator and of the class come before any of ours."""
+
+    def translate(context: Any) -> None:
+        if isinstance(context.sqlalchemy_exception, IntegrityError):
+            raise LookupError("an error of the application's own") from context.original_exception
+
+    def create_engine(host: str) -> AsyncEngine:
+        engine: AsyncEngine = plain.engine_creator(host)
+        if of == "the engine":
+            event.listen(engine.sync_engine, "handle_error", translate)
+        return engine
+
+    async def endpoint() -> Answer:
+        session = await ctxalchemy.db_session(connection)
+        await add_note(session, "lost")
+        with pytest.raises(LookupError):
+            await add_note(session, "lost")
+        return Answer()
+
+    plain = database.connection(ctxalchemy)
+    connection = ctxalchemy.DBConnect(create_engine, plain.session_maker_creator, plain.host)
+    if of == "every engine":
+        event.listen(Engine, "handle_error", translate)
+    try:
+        with pytest.raises(DBAPIError):
+            await call(build("asgi", ctxalchemy, endpoint))
+    finally:
+        if of == "every engine":
+            event.remove(Engine, "handle_error", translate)
+    await assert_whole(ctxalchemy, database, connection, notes=[])
+    await connection.close()
+
+
+async def test_a_transaction_that_was_aborted_on_an_engine_of_the_application_is_no_success(
+    ctxalchemy: ModuleType, database: Database, connection: Any
+) -> None:
+    """It has not come from a ``DBConnect``: a session may be put into a context."""
+    engine = connection.engine_creator(connection.host)
+
+    async def endpoint() -> Answer:
+        session = AsyncSession(engine)
+        ctxalchemy.put_db_session_to_context(connection, session)
+        await add_note(session, "lost")
+        with pytest.raises(IntegrityError):
+            await add_note(session, "lost")
+        return Answer()
+
+    for _ in range(2):
+        with pytest.raises(DBAPIError):
+            await call(build("asgi", ctxalchemy, endpoint))
+        assert engine.pool.checkedout() == 0
+    await assert_whole(ctxalchemy, database, connection, notes=[])
+    await engine.dispose()
 
 
 @pytest.mark.parametrize("when", ["between statements", "in a statement"])
