@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import make_url, text
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from support.database import Database, add_note, checked_out
 from support.sessions import Note, maker_creator
@@ -208,6 +208,24 @@ async def test_a_failing_handler_raises_to_its_caller_and_the_next_one_is_served
         await add_note(await ctxalchemy.db_session(connection), "served")
     assert await database.notes() == ["served"]
     await connection.close()
+
+
+async def test_an_error_while_a_connection_is_set_up_comes_through(
+    ctxalchemy: ModuleType, database: Database, connection: Any
+) -> None:
+    """What SQLAlchemy asks the server for at first fails; it has another kind of connection then."""
+
+    def create_engine(host: str) -> AsyncEngine:
+        engine: AsyncEngine = creator(host)
+        dialect: Any = engine.dialect
+        dialect._get_server_version_info = lambda connection: connection.exec_driver_sql("SELECT nope")
+        return engine
+
+    creator = connection.engine_creator
+    connection.engine_creator = create_engine
+    with pytest.raises(DBAPIError, match="nope"):
+        async with ctxalchemy.new_ctx():
+            await (await ctxalchemy.db_session(connection)).execute(text("SELECT 1"))
 
 
 async def test_closing_ends_the_connections_and_the_next_use_opens_new_ones(

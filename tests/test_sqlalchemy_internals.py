@@ -7,6 +7,7 @@ says which code uses it, and for what.
 from __future__ import annotations
 
 import asyncio
+import weakref
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from sqlalchemy import event, make_url, text
 from sqlalchemy.exc import DBAPIError, IllegalStateChangeError, InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session
+from sqlalchemy.pool.base import _ConnectionFairy
 from sqlalchemy.util import await_only, concurrency, greenlet_spawn
 from support.database import Database, needs_asyncpg
 from support.sessions import Note
@@ -230,6 +232,32 @@ async def test_asyncpg_says_that_another_operation_is_in_progress(database: Data
             await connection.commit()
         assert "another operation is in progress" in str(raised.value), "_lost.was_busy looks for these words"
         await task
+
+
+@each_driver
+async def test_a_dialect_is_asked_at_each_error_on_a_connection(database: Database, driver: str) -> None:
+    """``Dialect.is_disconnect``, whatever the listeners for ``handle_error`` do."""
+    why = "_lost notes by it on which connections a statement has failed"
+    asked: list[object] = []
+
+    def translate(_context: object) -> None:
+        raise LookupError("an error of the application's own")
+
+    async with engine_to(database, driver) as engine:
+        is_disconnect = engine.dialect.is_disconnect
+
+        def ask(e: Any, connection: Any, cursor: Any) -> bool:
+            asked.append(connection)
+            return is_disconnect(e, connection, cursor)
+
+        engine.dialect.is_disconnect = ask  # type: ignore[method-assign]
+        event.listen(engine.sync_engine, "handle_error", translate)
+        async with engine.connect() as connection:
+            with pytest.raises(LookupError):
+                await connection.execute(text("SELECT nope"))
+            assert asked == [await connection.get_raw_connection()], why
+            assert isinstance(asked[0], _ConnectionFairy), why
+            assert weakref.ref(asked[0])() is asked[0], why
 
 
 @each_driver
