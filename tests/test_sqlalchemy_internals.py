@@ -159,7 +159,7 @@ async def test_the_adapter_of_asyncpg_is_locked_for_as_long_as_a_statement_takes
 )
 async def test_the_adapter_of_aiosqlite_is_locked_for_as_long_as_a_statement_takes() -> None:
     """``_execute_mutex`` too."""
-    why = "_cutting.is_busy tells by it that a task is in the middle of a statement"
+    why = "_busy.is_busy tells by it that a task is in the middle of a statement"
     slow = text(
         "WITH RECURSIVE c (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c WHERE n < 1000000) SELECT max(n) FROM c"
     )
@@ -186,7 +186,7 @@ async def test_psycopg_is_locked_for_as_long_as_a_statement_takes(database: Data
 
 
 async def _assert_locked_in_a_statement(database: Database, connection: Any, lock: Any) -> None:
-    why = "_cutting.is_busy tells by it that a task is in the middle of a statement"
+    why = "_busy.is_busy tells by it that a task is in the middle of a statement"
     assert isinstance(lock, asyncio.Lock), why
     assert not lock.locked(), why
     task = asyncio.create_task(connection.execute(text("SELECT pg_sleep(0.3)")))
@@ -206,7 +206,7 @@ async def _sleeps(database: Database) -> Any:
 
 async def test_a_lock_knows_who_is_next() -> None:
     """``asyncio.Lock._waiters``: a lock that is handed on is not locked until the next one has run."""
-    why = "_cutting._is_taken tells by it that a task is in line for a statement"
+    why = "_busy.is_busy tells by it that a task is in line for a statement"
     lock: Any = asyncio.Lock()
     assert not lock._waiters, why
     await lock.acquire()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy.util import await_only
 from sqlalchemy.util.concurrency import in_greenlet
 
+from ._busy import is_busy
 from ._lost import pool_entry, watch_commits
 
 if TYPE_CHECKING:
@@ -16,23 +17,6 @@ if TYPE_CHECKING:
 
 PATIENCE = 2.0
 """Seconds for the server to end the statement; as long as SQLAlchemy gives asyncpg to close."""
-
-
-def is_busy(connection: Connection) -> bool:
-    """Whether a task is in the middle of a statement, or in line for one.
-
-    Drivers need not notice: before the BEGIN of a transaction is through, asyncpg has nothing to commit,
-    and would let the connection go while the statement behind it goes on.  SQLAlchemy's adapters hold
-    a lock from before the BEGIN to the end of the statement, except that for psycopg, which has its own,
-    and before SQLAlchemy 2.1 that for aiosqlite, whose thread does one thing after the other.
-    """
-    proxied = connection.connection
-    lock = getattr(proxied.dbapi_connection, "_execute_mutex", None)
-    return _is_taken(lock) or _is_taken(getattr(proxied.driver_connection, "lock", None))
-
-
-def _is_taken(lock: Any) -> bool:
-    return isinstance(lock, asyncio.Lock) and (lock.locked() or bool(lock._waiters))
 
 
 def cut(connection: Connection) -> None:

@@ -13,6 +13,7 @@ from sqlalchemy.pool.base import _ConnectionFairy
 from sqlalchemy.util import await_only
 from sqlalchemy.util.concurrency import in_greenlet
 
+from ._busy import is_held
 from ._errors import see
 
 if TYPE_CHECKING:
@@ -78,12 +79,23 @@ def _spare(context: ExceptionContext) -> None:
         # SQLAlchemy would close it a second time, and when the first closing is over, drop what has taken its place.
         context.is_disconnect = False
         return
+    if _is_cancelled_in_line(context, connection):
+        # SQLAlchemy would close it under the statement of another task, which over psycopg would never end then.
+        context.is_disconnect = False
+        return
     if context.statement is None and was_busy(context.original_exception):
         # SQLAlchemy would return it to the pool in the middle of another task's statement.
         context.is_disconnect = True
         context.invalidate_pool_on_disconnect = False
     if context.is_disconnect:
         watch_commits(connection)
+
+
+def _is_cancelled_in_line(context: ExceptionContext, connection: Connection) -> bool:
+    """Whether the statement has not begun: another task is in the middle of one."""
+    # Not a rollback, which would have to wait for the other task.
+    is_statement = context.statement is not None
+    return is_statement and isinstance(context.original_exception, asyncio.CancelledError) and is_held(connection)
 
 
 def was_busy(error: BaseException) -> bool:

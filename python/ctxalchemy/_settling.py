@@ -18,7 +18,8 @@ from sqlalchemy.orm.session import _SessionCloseState
 from sqlalchemy.util import greenlet_spawn
 
 from . import _telling
-from ._cutting import cut, is_busy
+from ._busy import is_busy
+from ._cutting import cut
 from ._errors import PartialCommitError, closed_context, see
 from ._finishing import add_note, finish
 from ._lost import pool_entry, raise_if_lost, wait_until_given_up, was_busy

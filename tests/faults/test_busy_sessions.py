@@ -12,7 +12,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, IntegrityError, InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession
 from support.apps import KINDS, Answer, Kind, build, call
-from support.database import add_note, break_commit, checked_out, count_notes, needs_asyncpg
+from support.database import add_note, break_commit, checked_out, count_notes
 from support.faults import (
     CommitGate,
     SQLiteDatabase,
@@ -725,31 +725,30 @@ async def test_a_task_adds_a_session_while_others_are_being_rolled_back(
 # --- what the application itself does to a session that another task is busy on -----------------------
 
 
-@needs_asyncpg
 async def test_statements_of_one_session_that_are_cancelled_at_once_close_its_connection_once(
-    ctxalchemy: ModuleType, database: Database, connection: Any
+    ctxalchemy: ModuleType, database: Database, driven: Any
 ) -> None:
-    """Closed twice, it would take along the connection that the next request has got meanwhile.
-
-    SQLAlchemy closes it for who waits in line, under another's statement: asyncpg ends that, psycopg lets it run.
-    """
+    """Closed twice, it would take along the connection that the next request has got meanwhile."""
     kept: list[Any] = []
 
     async def work() -> None:
-        session = await ctxalchemy.db_session(connection)
+        session = await ctxalchemy.db_session(driven)
         await add_note(session, "undone")
         async with asyncio.TaskGroup() as group:
             for _ in range(3):
                 group.create_task(session.execute(text("SELECT pg_sleep(30)")))
 
     async def next_in_line() -> None:
-        session = await ctxalchemy.db_session(connection)
+        session = await ctxalchemy.db_session(driven)
         await add_note(session, "written")
         kept.append(await (await session.connection()).get_raw_connection())
         await session.execute(text("SELECT pg_sleep(0.2)"))
 
     async def is_sleeping() -> bool:
         return await sleeping(database)
+
+    async def all_closed() -> bool:
+        return await database.backends() == []
 
     first = asyncio.create_task(ctxalchemy.run_in_new_ctx(work))
     assert await eventually(is_sleeping)
@@ -759,10 +758,34 @@ async def test_statements_of_one_session_that_are_cancelled_at_once_close_its_co
     with pytest.raises(asyncio.CancelledError):
         await first
     await second
-    await assert_whole(ctxalchemy, database, connection, notes=["written"])
+    await assert_whole(ctxalchemy, database, driven, notes=["written"])
     # Nobody else has a connection open either.
-    await connection.close()
-    assert await database.backends() == []
+    await driven.close()
+    # The server notices it a moment later where psycopg closes.
+    assert await eventually(all_closed)
+
+
+async def test_a_statement_that_is_cancelled_in_line_leaves_that_of_another_task_alone(
+    ctxalchemy: ModuleType, database: Database, driven: Any
+) -> None:
+    """SQLAlchemy would close the connection under it, which over psycopg would never end then."""
+
+    async def is_sleeping() -> bool:
+        return await sleeping(database)
+
+    async with ctxalchemy.new_ctx():
+        session = await ctxalchemy.db_session(driven)
+        await add_note(session, "written")
+        first = asyncio.create_task(session.execute(text("SELECT pg_sleep(0.5)")))
+        assert await eventually(is_sleeping)
+        second = asyncio.create_task(add_note(session, "lost"))
+        await asyncio.sleep(0.02)
+        second.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await second
+        assert not first.done()
+        await asyncio.wait_for(first, 5)
+    await assert_whole(ctxalchemy, database, driven, notes=["written"])
 
 
 @pytest.mark.parametrize("steps", range(4))
