@@ -15,7 +15,7 @@ from starlette.middleware import Middleware
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from support.apps import KINDS, TRANSPORTS, Answer, Kind, Transport, bare_app, build, call
-from support.database import add_note, break_commit, checked_out, count_notes
+from support.database import add_note, break_commit, checked_out, count_notes, needs_asyncpg
 from support.faults import (
     CommitGate,
     SQLiteDatabase,
@@ -525,6 +525,7 @@ async def test_the_connection_breaks_while_commit_is_on_its_way(
         await connection.close()
 
 
+@needs_asyncpg
 async def test_a_server_that_falls_silent_at_commit_is_waited_for_as_long_as_the_driver_says(
     ctxalchemy: ModuleType, database: Database
 ) -> None:
