@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import re
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import pytest
 from sqlalchemy import text
@@ -76,6 +78,32 @@ async def test_a_context_that_was_opened_by_hand_is_told_of(ctxalchemy: ModuleTy
     await ctxalchemy.db_session(connection)
     await ctxalchemy.reset_db_session_ctx(token)
     assert told() == life()
+
+
+async def test_a_request_that_closed_its_session_itself_is_told_to_its_end(
+    ctxalchemy: ModuleType, connection: Any, told: Any
+) -> None:
+    async def endpoint() -> Answer:
+        await ctxalchemy.db_session(connection)
+        await ctxalchemy.close_db_session(connection)
+        return Answer()
+
+    await call(ctxalchemy.ASGIHTTPDBSessionMiddleware(bare_app(endpoint)))
+    assert told() == life()
+
+
+async def test_a_context_that_was_never_closed_is_not_kept(ctxalchemy: ModuleType, connection: Any, told: Any) -> None:
+    async def forget() -> ref[Any]:
+        ctxalchemy.init_db_session_ctx()
+        return ref(await ctxalchemy.db_session(connection))
+
+    async def is_gone() -> bool:
+        gc.collect()
+        return session() is None
+
+    session = await asyncio.create_task(forget())
+    assert await eventually(is_gone)
+    assert told() == life()[:-1]
 
 
 async def test_what_has_no_session_is_not_told_of(ctxalchemy: ModuleType, told: Any) -> None:

@@ -140,6 +140,19 @@ def test_connections_that_were_not_defined_are_asked_for(pytester: pytest.Pytest
     result.stdout.fnmatch_lines(["*define a fixture db_connections in conftest.py*"])
 
 
+@pytest.mark.parametrize(
+    ("returned", "named"),
+    [("None", "NoneType"), ("[]", "none"), ("['postgresql://user:secret@host/db']", "str")],
+)
+def test_connections_that_are_none_are_refused(pytester: pytest.Pytester, returned: str, named: str) -> None:
+    pytester.makeconftest(f"import pytest\n@pytest.fixture\ndef db_connections(): return {returned}")
+    pytester.makepyfile("async def test_it(shared_session): ...")
+    result = run(pytester, "-o", "asyncio_mode=auto")
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines([f"*UsageError: the fixture db_connections has to return*it returned {named}"])
+    result.stdout.no_fnmatch_line("*it returned*secret*")
+
+
 def test_nothing_else_is_needed_where_it_is_not_used(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(
         """

@@ -83,11 +83,11 @@ class ASGIHTTPDBSessionMiddleware:
                 await self.app(scope, receive, send)
                 await _settling.commit_all(store, self.before_commit)
             entries = store.close()
-            if entries:
-                if _telling.told:
-                    _telling.closed(store)
-                if sessions := _settling.close_idle(entries):
-                    await _settling.close_all(sessions)
+            if _telling.told:
+                # Also where the application has closed its sessions itself.
+                _telling.closed(store)
+            if entries and (sessions := _settling.close_idle(entries)):
+                await _settling.close_all(sessions)
         except BaseException as error:
             await _settling.abort(store, error)
             raise

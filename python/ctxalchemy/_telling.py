@@ -11,6 +11,7 @@ import logging
 from collections.abc import Iterator
 from itertools import count
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -27,16 +28,20 @@ log = logging.getLogger("ctxalchemy")
 is_enabled = log.isEnabledFor
 DEBUG = logging.DEBUG
 
-told: dict[object, int] = {}
-"""The open contexts that have been told of, and their numbers."""
+told: dict[ref[object], int] = {}
+"""The open contexts that have been told of, and their numbers.
+
+It does not keep one that is thrown away without being closed.  A ``WeakKeyDictionary`` would run Python
+code where it is only asked whether it is empty.
+"""
 
 _numbers = count(1)
 
 
 def session_made(store: object, connect: DBConnect) -> None:
     """Tell of a new session, and with the first of a context that it is open."""
-    if store not in told:
-        told[store] = next(_numbers)
+    if ref(store) not in told:
+        told[ref(store, _forget)] = next(_numbers)
         task = asyncio.current_task()
         tell(store, "opened, in %s", "no task" if task is None else _name(task))
     tell(store, "a session for %r", connect)
@@ -44,14 +49,19 @@ def session_made(store: object, connect: DBConnect) -> None:
 
 def tell(store: object, message: str, *arguments: object) -> None:
     """Tell of this context, if its opening was told."""
-    if store in told:
-        log.debug(f"context %d: {message}", told[store], *arguments)
+    number = told.get(ref(store))
+    if number is not None:
+        log.debug(f"context %d: {message}", number, *arguments)
 
 
 def closed(store: object) -> None:
     """Tell that this context has closed, if its opening was told."""
     tell(store, "closed")
-    told.pop(store, None)
+    _forget(ref(store))
+
+
+def _forget(reference: ref[object]) -> None:
+    told.pop(reference, None)
 
 
 def warn_of_busy(session: Session) -> None:
@@ -69,7 +79,11 @@ def holders(session: Session) -> str:
     Nothing notes them down, which would take time with each statement: they are found by the method of
     the session that they are waiting in.
     """
-    current = asyncio.current_task()
+    try:
+        current = asyncio.current_task()
+    except RuntimeError:
+        # No loop is running: a coroutine is being thrown away, and what follows must not fail because of this.
+        return "another task"
     names = [
         _name(task)
         for task in asyncio.all_tasks()

@@ -47,7 +47,7 @@ async def shared_sessions(
 
     What the application commits only releases a savepoint.
     """
-    connections = [db_connections] if isinstance(db_connections, DBConnect) else list(db_connections)
+    connections = _as_list(db_connections)
     async with AsyncExitStack() as stack:
         outer = [await stack.enter_async_context(rollback_session(connection)) for connection in connections]
         await stack.enter_async_context(set_test_context())
@@ -55,6 +55,17 @@ async def shared_sessions(
             connection: await stack.enter_async_context(put_savepoint_session_in_ctx(connection, session))
             for connection, session in zip(connections, outer, strict=True)
         }
+
+
+def _as_list(defined: object) -> list[DBConnect]:
+    connections = list(defined) if isinstance(defined, Iterable) else [defined]
+    if not connections or not all(isinstance(each, DBConnect) for each in connections):
+        # Its type only: a URL has a password.
+        raise pytest.UsageError(
+            "the fixture db_connections has to return the application's DBConnect, or a list of them; "
+            f"it returned {', '.join(type(each).__name__ for each in connections) or 'none'}"
+        )
+    return connections
 
 
 @pytest.fixture
