@@ -57,13 +57,14 @@ async def shared_sessions(
         }
 
 
-def _as_list(defined: object) -> list[DBConnect]:
-    connections = list(defined) if isinstance(defined, Iterable) else [defined]
-    if not connections or not all(isinstance(each, DBConnect) for each in connections):
+def _as_list(defined: Any) -> list[DBConnect]:
+    returned: list[object] = list(defined) if isinstance(defined, Iterable) else [defined]
+    connections = [each for each in returned if isinstance(each, DBConnect)]
+    if not connections or len(connections) < len(returned):
         # Its type only: a URL has a password.
         raise pytest.UsageError(
             "the fixture db_connections has to return the application's DBConnect, or a list of them; "
-            f"it returned {', '.join(type(each).__name__ for each in connections) or 'none'}"
+            f"it returned {', '.join(type(each).__name__ for each in returned) or 'none'}"
         )
     return connections
 
