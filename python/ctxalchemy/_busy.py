@@ -9,7 +9,6 @@ for aiosqlite, whose thread does one thing after the other.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -18,17 +17,18 @@ if TYPE_CHECKING:
 
 def is_busy(connection: Connection) -> bool:
     """Whether a task is in the middle of a statement, or in line for one."""
-    return any(lock.locked() or lock._waiters for lock in _locks(connection))
+    lock = _lock(connection)
+    return lock is not None and (lock.locked() or bool(lock._waiters))
 
 
 def is_held(connection: Connection) -> bool:
     """Whether a task is in the middle of a statement, which the current task then is not."""
-    return any(lock.locked() for lock in _locks(connection))
+    lock = _lock(connection)
+    return lock is not None and lock.locked()
 
 
-def _locks(connection: Connection) -> Iterator[asyncio.Lock]:
+def _lock(connection: Connection) -> asyncio.Lock | None:
     proxied = connection.connection
-    for owner, name in ((proxied.dbapi_connection, "_execute_mutex"), (proxied.driver_connection, "lock")):
-        lock = getattr(owner, name, None)
-        if isinstance(lock, asyncio.Lock):
-            yield lock
+    # First that of the driver: SQLAlchemy's adapter for psycopg has one, too, which nobody takes.
+    lock = getattr(proxied.driver_connection, "lock", None)
+    return lock if isinstance(lock, asyncio.Lock) else getattr(proxied.dbapi_connection, "_execute_mutex", None)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from time import monotonic
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from sqlalchemy import Connection, Engine, event
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
     from sqlalchemy.pool import ConnectionPoolEntry
 
-_watched: WeakSet[Dialect] = WeakSet()
 _erred: WeakSet[_ConnectionFairy] = WeakSet()
 _GIVEN_UP = "ctxalchemy: given up"
 _PATIENCE = 4.0
@@ -36,25 +36,30 @@ def watch(engine: AsyncEngine) -> None:
     _note_errors(engine.sync_engine.dialect)
 
 
-def _note_errors(dialect: Dialect) -> None:
-    """Note which connections a statement fails on.
+def _note_errors(dialect: Dialect) -> bool:
+    """Note which connections a statement fails on; return whether that was not done so far.
 
     SQLAlchemy asks this of the dialect for each error.  The listeners for ``handle_error`` it asks later, and no more
     of them once one has raised an error in place of the first; those of the application's may come before ours, and
     there is no way to put one first.
     """
-    if dialect.name != "postgresql" or dialect in _watched:
-        return
-    is_disconnect = dialect.is_disconnect
+    if dialect.name != "postgresql" or type(dialect.is_disconnect) is _NotingErrors:
+        return False
+    dialect.is_disconnect = _NotingErrors(dialect.is_disconnect)  # type: ignore[method-assign]
+    return True
 
-    def note(e: Any, connection: Any, cursor: DBAPICursor | None) -> bool:
+
+class _NotingErrors:
+    """The ``is_disconnect`` of a dialect, which notes what it is asked about."""
+
+    def __init__(self, is_disconnect: Callable[[Any, Any, DBAPICursor | None], bool]) -> None:
+        self._is_disconnect = is_disconnect
+
+    def __call__(self, e: Any, connection: Any, cursor: DBAPICursor | None) -> bool:
         # A connection that is only being set up is of another class.
         if isinstance(connection, _ConnectionFairy):
             _erred.add(connection)
-        return is_disconnect(e, connection, cursor)
-
-    dialect.is_disconnect = note  # type: ignore[method-assign]
-    _watched.add(dialect)
+        return self._is_disconnect(e, connection, cursor)
 
 
 def watch_commits(target: Connection | Engine) -> None:
@@ -106,13 +111,9 @@ def was_busy(error: BaseException) -> bool:
 def raise_if_lost(connection: Connection) -> None:
     """Raise where the transaction of this connection cannot be committed any more."""
     raise_if_ended(connection)
-    dialect = connection.dialect
-    is_of_the_user = dialect.name == "postgresql" and dialect not in _watched
-    if is_of_the_user:
-        # An engine of the application's own, in a session that it has put into the context: what has failed
-        # on it so far, nobody has noted.
-        _note_errors(dialect)
-    if is_of_the_user or (_erred and connection.connection in _erred):
+    # One that the application has put into the context may be on an engine of its own.
+    is_unknown = _note_errors(connection.dialect)
+    if is_unknown or (_erred and connection.connection in _erred):
         # After an error in a transaction PostgreSQL refuses every statement but ROLLBACK, but it answers
         # COMMIT by rolling back, without an error: https://www.postgresql.org/docs/current/sql-commit.html
         # Whether it is so, the server knows: a savepoint may have dealt with it, or it was the driver's own.
@@ -160,4 +161,6 @@ def _is_given_up(connection: Connection) -> bool:
 
 def pool_entry(connection: Connection) -> ConnectionPoolEntry | None:
     """Return the place that the pool has for the connection."""
-    return cast("_ConnectionFairy", connection.connection)._connection_record
+    proxied: Any = connection.connection
+    entry: ConnectionPoolEntry | None = proxied._connection_record
+    return entry

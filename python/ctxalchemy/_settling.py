@@ -459,7 +459,9 @@ def _own_connections(session: Session) -> list[Connection]:
     if transaction is None:
         return []
     # SessionTransaction.connections is public, but came with SQLAlchemy 2.1.7, and does not tell whose they are.
-    return [connection for connection, _, _, own in set(transaction._connections.values()) if own]
+    # Each is there twice: under itself, and under its engine.
+    found = transaction._connections.items()
+    return [connection for key, (connection, _, _, own) in found if own and key is connection]
 
 
 def _check_connections(session: Session) -> None:
