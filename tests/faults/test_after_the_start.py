@@ -630,3 +630,35 @@ async def test_the_application_returns_in_the_middle_of_a_transaction_after_the_
         assert (await client.get("/")).content == b"done"
         assert await witness.error() is None
     await assert_whole(ctxalchemy, database, connection, notes=["late", "later"])
+
+
+BODY = "http.response.body"
+
+
+@pytest.mark.parametrize(
+    ("rest", "whole"),
+    [
+        ([{"type": BODY}], True),
+        ([{"type": BODY, "body": b"a", "more_body": True}, {"type": BODY, "body": b"b", "more_body": False}], True),
+        ([{"type": "http.response.pathsend", "path": "/dev/null"}], True),
+        ([{"type": "http.response.zerocopysend", "file": 0}], True),
+        ([{"type": BODY}, {"type": "http.response.trailers", "headers": []}], True),
+        ([], False),
+        ([{"type": BODY, "body": b"a", "more_body": True}], False),
+        ([{"type": "http.response.zerocopysend", "file": 0, "more_body": True}], False),
+        ([{"type": "http.response.push", "path": "/", "headers": []}], False),
+    ],
+)
+async def test_what_is_written_after_the_start_stays_where_the_response_came_to_its_end(
+    ctxalchemy: ModuleType, database: Database, connection: Any, rest: list[dict[str, Any]], whole: bool
+) -> None:
+    messages = [{"type": "http.response.start", "status": 200, "headers": []}, *rest]
+
+    async def app(_scope: Any, _receive: Any, send: Any) -> None:
+        for message in messages:
+            await send(message)
+        await add_note(await ctxalchemy.db_session(connection), "late")
+
+    # No server at hand knows all of these messages.
+    assert await call(ctxalchemy.ASGIHTTPDBSessionMiddleware(app)) == messages
+    await assert_whole(ctxalchemy, database, connection, notes=["late"] if whole else [])
