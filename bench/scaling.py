@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from functools import partial
 from itertools import repeat
 from statistics import median
@@ -18,6 +18,8 @@ from .libraries import PEER
 from .measure import in_turns, interpreter, loudly, save
 
 OWN, SHARED = "a connection each", "one connection for all"
+# What the machine has to give: it may have less for four threads than four times that for one.
+FLOOR_COROUTINE = "floor: await of an async def"
 
 
 def run(quick: bool = False) -> None:
@@ -27,12 +29,15 @@ def run(quick: bool = False) -> None:
         loudly("scaling is NOT measured: the GIL is on (it takes a free-threaded Python, with -Xgil=0)")
         return
     counts = sorted({1, 2, 4, os.cpu_count() or 1})
-    hits = 50_000 if quick else 300_000
+    hits = 50_000 if quick else 1_000_000
     measures: dict[tuple[str, str, int], Callable[[], float]] = {}
-    for library, package in libraries.contextual().items():
-        for sharing in (OWN, SHARED):
-            for threads in counts:
-                measures[library, sharing, threads] = partial(_rate, package, threads, sharing == OWN, hits)
+    for threads in counts:
+        measures[FLOOR_COROUTINE, OWN, threads] = partial(_rate, partial(_floor, hits), threads, hits)
+        for library, package in libraries.contextual().items():
+            shared = libraries.connect(package, "sqlite+aiosqlite://")
+            for sharing, connection in ((OWN, None), (SHARED, shared)):
+                loop = partial(_hits, package, connection, hits)
+                measures[library, sharing, threads] = partial(_rate, loop, threads, hits)
     samples = in_turns(measures, 3 if quick else 9)
     figures: dict[str, dict[str, dict[str, float]]] = {}
     for (library, sharing, threads), rates in samples.items():
@@ -41,21 +46,17 @@ def run(quick: bool = False) -> None:
     _print(figures)
 
 
-def _rate(package: ModuleType, threads: int, own: bool, hits: int) -> float:
+def _rate(loop: Callable[[], Coroutine[Any, Any, None]], threads: int, hits: int) -> float:
     """Millions of hits per second, all threads together."""
-    shared = libraries.connect(package, "sqlite+aiosqlite://")
     barrier = Barrier(threads)
     spans: list[tuple[int, int]] = []
 
     def work() -> None:
-        connection = libraries.connect(package, "sqlite+aiosqlite://") if own else shared
-        package.init_db_session_ctx()
-        package.put_db_session_to_context(connection, object())
-        loop = _loop(package.db_session, connection, hits)
+        coroutine = loop()
         barrier.wait()
         started = perf_counter_ns()
         try:
-            loop.send(None)
+            coroutine.send(None)
         except StopIteration:
             spans.append((started, perf_counter_ns()))
 
@@ -66,6 +67,23 @@ def _rate(package: ModuleType, threads: int, own: bool, hits: int) -> float:
         worker.join()
     first, last = min(span[0] for span in spans), max(span[1] for span in spans)
     return threads * hits / (last - first) * 1e3
+
+
+def _hits(package: ModuleType, shared: Any, hits: int) -> Coroutine[Any, Any, None]:
+    """A loop of hits in a context of its own, with a connection of its own where none is shared."""
+    connection = shared or libraries.connect(package, "sqlite+aiosqlite://")
+    package.init_db_session_ctx()
+    package.put_db_session_to_context(connection, object())
+    return _loop(package.db_session, connection, hits)
+
+
+def _floor(hits: int) -> Coroutine[Any, Any, None]:
+    """The same loop around a function of its own that does nothing."""
+
+    async def nothing(_connection: object) -> None:
+        pass
+
+    return _loop(nothing, None, hits)
 
 
 async def _loop(db_session: Callable[[Any], Any], connection: object, hits: int) -> None:

@@ -72,22 +72,25 @@ mod striped {
 
     use crate::raw::thread;
 
-    const STRIPES: usize = 256;
+    const STRIPES: usize = 128;
 
     /// Of `T`s, which are Python objects: they begin with a `PyObject`.
     ///
-    /// One for each thread, as a rule: threads that fall on the same place find it empty at times.
-    pub struct Pool<T>([AtomicPtr<T>; STRIPES]);
+    /// A place for each thread, as a rule: threads that fall on the same one find it empty at times.
+    pub struct Pool<T>([Place<T>; STRIPES]);
+
+    /// Not in one cache line with another, nor in one that is fetched along with it: threads would wait for each
+    /// other's writes.
+    #[repr(align(128))]
+    struct Place<T>(AtomicPtr<T>);
 
     impl<T> Pool<T> {
         pub const fn new() -> Self {
-            Self([const { AtomicPtr::new(ptr::null_mut()) }; STRIPES])
+            Self([const { Place(AtomicPtr::new(ptr::null_mut())) }; STRIPES])
         }
 
-        fn stripe(&self) -> &AtomicPtr<T> {
-            // The addresses lie some pages apart, or their stacks' size.
-            let page = thread::identity() >> 12;
-            &self.0[(page ^ (page >> 8) ^ (page >> 16)) % STRIPES]
+        fn place(&self) -> &AtomicPtr<T> {
+            &self.0[thread::number() % STRIPES].0
         }
 
         /// A dead object brought back to life, untracked, as it was given away.
@@ -96,7 +99,7 @@ mod striped {
         /// The thread is attached.
         #[inline(always)]
         pub unsafe fn take(&self) -> Option<NonNull<T>> {
-            let object = NonNull::new(self.stripe().swap(ptr::null_mut(), Ordering::Acquire))?;
+            let object = NonNull::new(self.place().swap(ptr::null_mut(), Ordering::Acquire))?;
             // SAFETY: as above.  It was in the pool, hence is nobody else's.
             unsafe {
                 let header = object.as_ptr().cast::<ffi::PyObject>();
@@ -115,7 +118,7 @@ mod striped {
         #[inline(always)]
         pub unsafe fn put(&self, object: NonNull<T>) -> bool {
             let kept =
-                self.stripe().compare_exchange(ptr::null_mut(), object.as_ptr(), Ordering::Release, Ordering::Relaxed);
+                self.place().compare_exchange(ptr::null_mut(), object.as_ptr(), Ordering::Release, Ordering::Relaxed);
             kept.is_ok()
         }
     }

@@ -86,7 +86,7 @@ mod reused {
                     self.exception = exception.into_ptr().cast();
                     #[cfg(Py_GIL_DISABLED)]
                     {
-                        self.maker = thread::identity();
+                        self.maker = thread::number();
                     }
                     self.raise_again(value);
                 }
@@ -131,7 +131,7 @@ mod reused {
             let exception = self.exception;
             // Only the thread that made it can tell that there is no other reference.
             #[cfg(Py_GIL_DISABLED)]
-            if self.maker != thread::identity() {
+            if self.maker != thread::number() {
                 return false;
             }
             // SAFETY: null or a StopIteration, whose fields are null or objects.  The flag is read as

@@ -1,10 +1,20 @@
 //! Which thread this is.
 
-/// A number that no other living thread has: an address in its own storage.
+use std::cell::Cell;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// A number that no other thread has, from 1 on, in the order in which threads ask.
 #[inline(always)]
-pub fn identity() -> usize {
+pub fn number() -> usize {
     thread_local! {
-        static HERE: u8 = const { 0 };
+        static NUMBER: Cell<usize> = const { Cell::new(0) };
     }
-    HERE.with(|here| std::ptr::from_ref(here).addr())
+    static LAST: AtomicUsize = AtomicUsize::new(0);
+
+    NUMBER.with(|number| {
+        if number.get() == 0 {
+            number.set(LAST.fetch_add(1, Ordering::Relaxed) + 1);
+        }
+        number.get()
+    })
 }
