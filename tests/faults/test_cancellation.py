@@ -7,6 +7,7 @@ through.  ``support.cancelling`` says in which manners.
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -23,6 +24,7 @@ from support.apps import Answer, Kind, build, call, http_scope
 from support.cancelling import Manner, Run, sweep
 from support.database import Database, add_note, checked_out, needs_asyncpg
 from support.faults import CommitGate, assert_whole, psycopg_connection
+from support.interpreter import HAS_REFERENCE_COUNTS
 from support.sessions import OverriddenSession, maker_creator
 from support.waiting import eventually
 
@@ -439,6 +441,10 @@ async def cancel_everywhere(world: World, shape: Shape, manner: Manner, check: C
 
         async def before() -> None:
             nonlocal holder
+            if not HAS_REFERENCE_COUNTS:
+                # A connection that psycopg was still opening is closed by its finalizer: the server would run out of
+                # them.
+                gc.collect()
             await database.observer.execute("DELETE FROM note")
             if shape.opens:
                 for connection in world.connections:

@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
+HAS_REFERENCE_COUNTS = sys.implementation.name == "cpython"
 needs_reference_counts = pytest.mark.skipif(
-    sys.implementation.name != "cpython", reason="there are no reference counts: what is dropped goes some time later"
+    not HAS_REFERENCE_COUNTS, reason="there are no reference counts: what is dropped goes some time later"
 )
 
 # PyPy gives a cancellation that arrives in a nested coroutine no ``__context__``.
