@@ -174,7 +174,7 @@ def _targets(interpreter: str, parts: Figures) -> Targets:
     yield from at_most(f"over HTTP, CPU, against {PEER_FASTAPI}", cpu.get(NATIVE), cpu.get(PEER_FASTAPI), 0.72)
     yield from at_most(f"over HTTP, CPU, against {ADVANCED}", cpu.get(NATIVE), cpu.get(ADVANCED), 0.65)
     rates = _figures(parts, "scaling").get(OWN, {})
-    if NATIVE in rates:
+    if NATIVE in rates and FLOOR_COROUTINE in rates:
         floor, native = rates[FLOOR_COROUTINE], rates[NATIVE]
         name = f"4 threads with connections of their own (a coroutine alone: {floor['4'] / floor['1']:.2f}x)"
         yield from at_least(name, native["4"], native["1"], 3)

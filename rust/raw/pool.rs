@@ -1,9 +1,9 @@
 //! Dead objects, kept for the next ones of their type: faster than to free and allocate them.
 
-#[cfg(Py_GIL_DISABLED)]
-pub use striped::Pool;
 #[cfg(not(Py_GIL_DISABLED))]
 pub use under_the_gil::Pool;
+#[cfg(Py_GIL_DISABLED)]
+pub use without_the_gil::Pool;
 
 #[cfg(not(Py_GIL_DISABLED))]
 mod under_the_gil {
@@ -64,7 +64,7 @@ mod under_the_gil {
 }
 
 #[cfg(Py_GIL_DISABLED)]
-mod striped {
+mod without_the_gil {
     use std::ptr::{self, NonNull};
     use std::sync::atomic::{AtomicPtr, Ordering};
 
@@ -72,12 +72,12 @@ mod striped {
 
     use crate::raw::thread;
 
-    const STRIPES: usize = 128;
+    const PLACES: usize = 128;
 
     /// Of `T`s, which are Python objects: they begin with a `PyObject`.
     ///
     /// A place for each thread, as a rule: threads that fall on the same one find it empty at times.
-    pub struct Pool<T>([Place<T>; STRIPES]);
+    pub struct Pool<T>([Place<T>; PLACES]);
 
     /// Not in one cache line with another, nor in one that is fetched along with it: threads would wait for each
     /// other's writes.
@@ -86,11 +86,11 @@ mod striped {
 
     impl<T> Pool<T> {
         pub const fn new() -> Self {
-            Self([const { Place(AtomicPtr::new(ptr::null_mut())) }; STRIPES])
+            Self([const { Place(AtomicPtr::new(ptr::null_mut())) }; PLACES])
         }
 
         fn place(&self) -> &AtomicPtr<T> {
-            &self.0[thread::number() % STRIPES].0
+            &self.0[thread::number() % PLACES].0
         }
 
         /// A dead object brought back to life, untracked, as it was given away.
