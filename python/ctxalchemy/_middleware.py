@@ -19,11 +19,8 @@ ASGIApp = Callable[[Any, Any, Any], Awaitable[None]]
 CommitIf = Callable[[int], bool]
 
 _SCOPE_KEY = "ctxalchemy"
-# The messages that a response can end with: its body, or the last part of it, or what follows that.  Of ASGI's own it
-# is the first, of its extensions the others.
-_LAST = frozenset(
-    {"http.response.body", "http.response.pathsend", "http.response.zerocopysend", "http.response.trailers"}
-)
+# The message that has the body of a response, or its last part; two are of ASGI's extensions.
+_BODY = frozenset({"http.response.body", "http.response.pathsend", "http.response.zerocopysend"})
 
 
 class ASGIHTTPDBSessionMiddleware:
@@ -101,21 +98,22 @@ class ASGIHTTPDBSessionMiddleware:
 class _Response:
     """What the application sends, and what is settled before it goes out."""
 
-    __slots__ = ("_last", "_middleware", "_send", "_started", "_store", "failure")
+    __slots__ = ("_ended", "_middleware", "_send", "_started", "_store", "failure")
 
     def __init__(self, store: SessionStore, send: Send, middleware: ASGIHTTPDBSessionMiddleware) -> None:
         self._store = store
         self._send = send
         self._middleware = middleware
         self._started = False
-        self._last: Message | None = None
+        self._ended = False
         self.failure: BaseException | None = None
 
     # Not ``async``: where there is nothing to settle, the server's own awaitable is handed through.
     def send(self, message: Message) -> Awaitable[None]:
         if self._started:
-            # What it says is asked only where there is something to settle.
-            self._last = message
+            # At once: the message is not ours, and who sends it, or passes it on, may change it afterwards.
+            if not message.get("more_body", False) and message["type"] in _BODY:
+                self._ended = True
         elif message["type"] == "http.response.start":
             if self.failure is not None or (self._store and _settling.is_begun(self._store)):
                 return self._settle_and_send(message)
@@ -146,7 +144,7 @@ class _Response:
         An application that returns in the middle of its response has been cut off: Starlette ends a
         stream so when the client is gone.
         """
-        if self._has_ended():
+        if self._ended:
             await _settling.commit_all(self._store, self._middleware.before_commit)
         elif self.failure is not None and not self._started:
             self._raise_failure(self.failure)
@@ -154,10 +152,6 @@ class _Response:
             if self._started:
                 _telling.log.warning("a response was cut off in its body: what was done since its start is rolled back")
             await _settling.rollback_all(self._store)
-
-    def _has_ended(self) -> bool:
-        last = self._last
-        return last is not None and last["type"] in _LAST and not last.get("more_body", False)
 
     @staticmethod
     def _raise_failure(failure: BaseException) -> NoReturn:

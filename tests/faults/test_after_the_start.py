@@ -643,10 +643,12 @@ BODY = "http.response.body"
         ([{"type": "http.response.pathsend", "path": "/dev/null"}], True),
         ([{"type": "http.response.zerocopysend", "file": 0}], True),
         ([{"type": BODY}, {"type": "http.response.trailers", "headers": []}], True),
+        ([{"type": BODY}, {"type": "http.response.push", "path": "/", "headers": []}], True),
         ([], False),
         ([{"type": BODY, "body": b"a", "more_body": True}], False),
         ([{"type": "http.response.zerocopysend", "file": 0, "more_body": True}], False),
         ([{"type": "http.response.push", "path": "/", "headers": []}], False),
+        ([{"type": BODY, "more_body": True}, {"type": "http.response.trailers", "headers": []}], False),
     ],
 )
 async def test_what_is_written_after_the_start_stays_where_the_response_came_to_its_end(
@@ -661,4 +663,23 @@ async def test_what_is_written_after_the_start_stays_where_the_response_came_to_
 
     # No server at hand knows all of these messages.
     assert await call(ctxalchemy.ASGIHTTPDBSessionMiddleware(app)) == messages
+    await assert_whole(ctxalchemy, database, connection, notes=["late"] if whole else [])
+
+
+@pytest.mark.parametrize("whole", [True, False])
+async def test_a_message_is_read_when_it_is_sent_and_not_later(
+    ctxalchemy: ModuleType, database: Database, connection: Any, whole: bool
+) -> None:
+    """A middleware further out, or the application, may change it, or use it again for the next."""
+
+    async def change(message: dict[str, Any]) -> None:
+        if message["type"] == BODY:
+            message["more_body"] = whole
+
+    async def app(_scope: Any, _receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": BODY, "body": b"a", "more_body": not whole})
+        await add_note(await ctxalchemy.db_session(connection), "late")
+
+    await call(ctxalchemy.ASGIHTTPDBSessionMiddleware(app), change)
     await assert_whole(ctxalchemy, database, connection, notes=["late"] if whole else [])
