@@ -36,17 +36,20 @@ def watch(engine: AsyncEngine) -> None:
     _note_errors(engine.sync_engine.dialect)
 
 
-def _note_errors(dialect: Dialect) -> bool:
-    """Note which connections a statement fails on; return whether that was not done so far.
+def _note_errors(dialect: Dialect) -> None:
+    """Note which connections a statement fails on.
 
     SQLAlchemy asks this of the dialect for each error.  The listeners for ``handle_error`` it asks later, and no more
     of them once one has raised an error in place of the first; those of the application's may come before ours, and
     there is no way to put one first.
     """
-    if dialect.name != "postgresql" or type(dialect.is_disconnect) is _NotingErrors:
-        return False
-    dialect.is_disconnect = _NotingErrors(dialect.is_disconnect)  # type: ignore[method-assign]
-    return True
+    if _is_unknown(dialect):
+        dialect.is_disconnect = _NotingErrors(dialect.is_disconnect)  # type: ignore[method-assign]
+
+
+def _is_unknown(dialect: Dialect) -> bool:
+    """Whether a failed statement may have gone unnoticed, and the server has to be asked."""
+    return dialect.name == "postgresql" and type(dialect.is_disconnect) is not _NotingErrors
 
 
 class _NotingErrors:
@@ -111,9 +114,9 @@ def was_busy(error: BaseException) -> bool:
 def raise_if_lost(connection: Connection) -> None:
     """Raise where the transaction of this connection cannot be committed any more."""
     raise_if_ended(connection)
-    # One that the application has put into the context may be on an engine of its own.
-    is_unknown = _note_errors(connection.dialect)
-    if is_unknown or (_erred and connection.connection in _erred):
+    # One that the application has put into the context may be on an engine of its own.  Noting from here on would
+    # not do: on its other connections statements may have failed before.
+    if _is_unknown(connection.dialect) or (_erred and connection.connection in _erred):
         # After an error in a transaction PostgreSQL refuses every statement but ROLLBACK, but it answers
         # COMMIT by rolling back, without an error: https://www.postgresql.org/docs/current/sql-commit.html
         # Whether it is so, the server knows: a savepoint may have dealt with it, or it was the driver's own.

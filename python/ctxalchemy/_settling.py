@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     _Held = tuple[Dialect, ConnectionPoolEntry | None, DBAPIConnection | None]
 
-_ORIGINALS = {method: getattr(AsyncSession, method) for method in ("commit", "rollback", "close")}
+_ORIGINALS = {method: getattr(AsyncSession, method) for method in ("flush", "commit", "rollback", "close")}
 # 3.11 runs Python code for each look at a member of an enumeration.
 _CLOSED = _SessionCloseState.CLOSED
 
@@ -124,7 +124,7 @@ async def _prepare(
         batch.append((connection, session))
     if len(batch) > 1:
         for _, session in batch:
-            await session.flush()
+            await _flush_session(session)
     return batch
 
 
@@ -227,6 +227,16 @@ async def commit_session(session: AsyncSession) -> None:
             return
         await _invalidate_after(error, session)
         raise
+
+
+async def _flush_session(session: AsyncSession) -> None:
+    """Do what can fail of a commit before there is one."""
+    if _keeps(session, "flush"):
+        await greenlet_spawn(_flush, session.sync_session)
+        return
+    await session.flush()
+    if _is_own(session):
+        await greenlet_spawn(_check_connections, session.sync_session)
 
 
 async def rollback_session(session: AsyncSession) -> None:
@@ -353,6 +363,11 @@ def _drop(sessions: Iterable[AsyncSession], failures: list[BaseException]) -> No
 
 
 # --- inside the greenlet -----------------------------------------------------------------------------
+
+
+def _flush(session: Session) -> None:
+    session.flush()
+    _check_connections(session)
 
 
 def _commit(session: Session) -> None:

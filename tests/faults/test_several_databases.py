@@ -143,6 +143,40 @@ async def test_a_flush_that_fails_commits_nothing_anywhere(
     await assert_whole(ctxalchemy, database, *connections, notes=["taken"])
 
 
+@pytest.mark.parametrize("engine", ["of the connection", "of the application"])
+@which
+async def test_a_swallowed_error_commits_nothing_anywhere(
+    ctxalchemy: ModuleType,
+    database: Database,
+    connection: Any,
+    other: Any,
+    third: Any,
+    bad: tuple[int, ...],
+    engine: str,
+) -> None:
+    """PostgreSQL would answer the COMMIT by rolling back, and the driver would call that a success."""
+    await database.observer.execute("INSERT INTO note VALUES ('taken')")
+    connections = (connection, other, third)
+    # All of one engine: what is found out of one session must not hide it of the next.
+    own = database.connection(ctxalchemy, pool_size=3).engine_creator(connection.host)
+
+    async def work() -> None:
+        for number, (each, name) in enumerate(zip(connections, NAMES, strict=True)):
+            if engine == "of the application":
+                ctxalchemy.put_db_session_to_context(each, AsyncSession(own))
+            session = await ctxalchemy.db_session(each)
+            await add_note(session, name)
+            if number in bad:
+                with pytest.raises(IntegrityError):
+                    await add_note(session, "taken")
+
+    with pytest.raises(DBAPIError, match="current transaction is aborted"):
+        await by_the_middleware(ctxalchemy, work)
+    assert own.pool.checkedout() == 0
+    await own.dispose()
+    await assert_whole(ctxalchemy, database, *connections, notes=["taken"])
+
+
 @which
 async def test_a_hook_that_fails_commits_nothing_anywhere(
     ctxalchemy: ModuleType, database: Database, connection: Any, other: Any, third: Any, bad: tuple[int, ...]
