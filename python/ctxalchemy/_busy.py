@@ -2,8 +2,8 @@
 
 Drivers need not notice: before the BEGIN of a transaction is through, asyncpg has nothing to commit, and would
 let the connection go while the statement behind it goes on.  SQLAlchemy's adapters hold a lock from before the
-BEGIN to the end of the statement, except that for psycopg, which has its own, and before SQLAlchemy 2.1 that
-for aiosqlite, whose thread does one thing after the other.
+BEGIN to the end of the statement, except that for psycopg, which has its own; before SQLAlchemy 2.1 that for
+aiosqlite, whose thread does one thing after the other; and that for oracledb, whose lock cannot be asked.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def is_held(connection: Connection) -> bool:
 
 
 def _lock(connection: Connection) -> asyncio.Lock | None:
-    proxied = connection.connection
-    # First that of the driver: SQLAlchemy's adapter for psycopg has one, too, which nobody takes.
-    lock = getattr(proxied.driver_connection, "lock", None)
-    return lock if isinstance(lock, asyncio.Lock) else getattr(proxied.dbapi_connection, "_execute_mutex", None)
+    adapted = connection.connection.dbapi_connection
+    # The adapter for psycopg has one, too, which nobody takes.
+    if connection.dialect.driver == "psycopg":
+        return getattr(getattr(adapted, "driver_connection", None), "lock", None)
+    return getattr(adapted, "_execute_mutex", None)
