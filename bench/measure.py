@@ -63,13 +63,16 @@ def no_collector() -> Iterator[None]:
         gc.enable()
 
 
+# One for all calls: who follows whom is not to be the same each time.
+_orders = random.Random(0)
+
+
 def in_turns(measures: Mapping[K, Callable[[], T]], rounds: int) -> dict[K, list[T]]:
     """Measure each once a round, in another order each time: what disturbs the machine disturbs all alike."""
     samples: dict[K, list[T]] = {name: [] for name in measures}
     order = list(measures)
-    shuffle = random.Random(0).shuffle
     for _ in range(rounds):
-        shuffle(order)
+        _orders.shuffle(order)
         for name in order:
             samples[name].append(measures[name]())
         gc.collect()
