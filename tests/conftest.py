@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from support.database import Database, needs_asyncpg, watched
+from support.interpreter import HAS_REFERENCE_COUNTS
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -31,6 +32,14 @@ def _load(backend: str) -> dict[str, ModuleType]:
         for name in loaded:
             del sys.modules[name]
     return loaded
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Put up with what is SQLAlchemy's own on interpreters without reference counts."""
+    if not HAS_REFERENCE_COUNTS:
+        # Its registry of listeners takes them out as they die one by one, and here several die at once.
+        gone = "Exception ignored in. weakref callback . <function _collection_gced"
+        config.addinivalue_line("filterwarnings", f"ignore:{gone}:pytest.PytestUnraisableExceptionWarning")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
