@@ -35,11 +35,13 @@ def _load(backend: str) -> dict[str, ModuleType]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Put up with what is SQLAlchemy's own on interpreters without reference counts."""
+    """Put up with what others leave behind on interpreters without reference counts."""
     if not HAS_REFERENCE_COUNTS:
-        # Its registry of listeners takes them out as they die one by one, and here several die at once.
+        # SQLAlchemy's registry of listeners takes them out as they die one by one, and here several die at once.
         gone = "Exception ignored in. weakref callback . <function _collection_gced"
         config.addinivalue_line("filterwarnings", f"ignore:{gone}:pytest.PytestUnraisableExceptionWarning")
+        # Whose opening was cancelled: psycopg leaves it to its finalizer, which complains in a later test.
+        config.addinivalue_line("filterwarnings", "ignore:<psycopg.AsyncConnection:ResourceWarning")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
