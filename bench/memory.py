@@ -56,7 +56,7 @@ def _bytes(name: str) -> float:
         key = libraries.connect(package, "sqlite+aiosqlite://")
 
         def open_context() -> object:
-            opened = package.init_db_session_ctx() if name == libraries.PEER else package._core.enter()
+            opened = package.init_db_session_ctx() if name == libraries.PEER else package._backend.open_context()
             package.put_db_session_to_context(key, session)
             return opened
 

@@ -145,8 +145,8 @@ def _contextual(library: str, package: ModuleType) -> Iterator[Case]:
         yield case(CONTEXT, "await reset(init(), with_close=False)", "pass", "pass")
         yield case(CONTEXT_CLOSED, "await reset(init())", "pass", "pass")
     else:
-        core = package._core
-        names |= {"nowait": package.db_session_nowait, "enter": core.enter, "leave": core.leave}
+        core = package._backend
+        names |= {"nowait": package.db_session_nowait, "enter": core.open_context, "leave": core.reset_context}
         yield case(NOWAIT, "nowait(connection)")
         yield case(CONTEXT, "leave(enter())", "pass", "pass")
         yield case(CONTEXT_CLOSED, "store = enter()\nstore.close()\nleave(store)", "pass", "pass")

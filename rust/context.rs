@@ -10,8 +10,8 @@ use crate::errors;
 use crate::raw::{self, Argument, Body, Outcome, Raised, Store};
 use crate::store;
 
-pub struct Enter;
-impl Body<1> for Enter {
+pub struct OpenContext;
+impl Body<1> for OpenContext {
     const PARAMETERS: [&'static CStr; 1] = [c"manual"];
     const REQUIRED: usize = 0;
     const GUARDED: bool = false;
@@ -31,8 +31,8 @@ fn enter(py: Python<'_>, manual: bool) -> Result<(Bound<'_, Store>, Bound<'_, Py
     Ok((store, token))
 }
 
-pub struct Leave;
-impl Body<1> for Leave {
+pub struct ResetContext;
+impl Body<1> for ResetContext {
     const PARAMETERS: [&'static CStr; 1] = [c"store"];
     const GUARDED: bool = false;
 
@@ -40,7 +40,7 @@ impl Body<1> for Leave {
         let store = store::expect(&store)?;
         let token = Store::with(store, |inside| inside.token.as_ref().map(|token| token.to_bound(py)));
         let Some(token) = token else {
-            return Err(PyRuntimeError::new_err("this database session context has been left already").into());
+            return Err(PyRuntimeError::new_err("this database session context has already been reset").into());
         };
         raw::reset(&token)?;
         drop(Store::with(store, |inside| inside.token.take()));

@@ -31,7 +31,7 @@ pub fn send<'py>(coroutine: &Coroutine, value: &Bound<'py, PyAny>) -> Result<Sen
     }
 }
 
-/// Begin to wait for `first_session`.  The state is `Running`.
+/// Begin to wait for `create_session`.  The state is `Running`.
 #[cold]
 fn begin<'py>(coroutine: &Coroutine, store: Bound<'py, PyAny>) -> PyResult<Sent<'py>> {
     let py = store.py();
@@ -55,7 +55,7 @@ fn resume<'py>(coroutine: &Coroutine, value: &Bound<'py, PyAny>) -> PyResult<Sen
     }
 }
 
-/// Send into `first_session`.  The state is `Running`.
+/// Send into `create_session`.  The state is `Running`.
 fn run<'py>(coroutine: &Coroutine, inner: &Bound<'py, PyAny>, value: &Bound<'py, PyAny>) -> PyResult<Sent<'py>> {
     let sent = Coroutine::send_inner(inner, value);
     coroutine.release(if matches!(sent, Ok(Sent::Yielded(_))) { State::Suspended } else { State::Done });
@@ -105,7 +105,7 @@ pub fn close<'py>(py: Python<'py>, coroutine: &Coroutine) -> PyResult<Bound<'py,
         && let Some(inner) = claim_suspended(coroutine, py)?
     {
         let closed = inner.call_method0(intern!(py, "close"));
-        // It may go on where it refuses to: `first_session` knows.
+        // It may go on where it refuses to: `create_session` knows.
         coroutine.release(if closed.is_ok() { State::Done } else { State::Suspended });
         closed?;
     }

@@ -40,9 +40,9 @@ mod _native {
         raw::install(py)?;
         Ok(vec![
             ("SessionStore", store::class(&twin.getattr("SessionStore")?)?.unbind()),
-            ("current", raw::current_function(py)?.unbind()),
-            named::<1, context::Enter>(twin, "enter")?,
-            named::<1, context::Leave>(twin, "leave")?,
+            ("current_context", raw::current_function(py)?.unbind()),
+            named::<1, context::OpenContext>(twin, "open_context")?,
+            named::<1, context::ResetContext>(twin, "reset_context")?,
             named::<1, context::Init>(twin, "init_db_session_ctx")?,
             named::<0, context::IsInitiated>(twin, "is_context_initiated")?,
             named::<1, lookup::DbSession>(twin, "db_session")?,

@@ -9,19 +9,19 @@ use crate::raw::{self, Argument, Body, Coroutine, Outcome, Raised, Store, caught
 use crate::{errors, store};
 
 /// What makes a session where there is none yet, in Python.
-struct FirstSession {
+struct CreateSession {
     awaited: Py<PyAny>,
     nowait: Py<PyAny>,
 }
 
-static FIRST_SESSION: PyOnceLock<FirstSession> = PyOnceLock::new();
+static CREATE_SESSION: PyOnceLock<CreateSession> = PyOnceLock::new();
 
 pub fn install(py: Python<'_>) -> PyResult<()> {
-    FIRST_SESSION.get_or_try_init(py, || {
-        let module = py.import("ctxalchemy._first_session")?;
-        PyResult::Ok(FirstSession {
-            awaited: module.getattr("first_session")?.unbind(),
-            nowait: module.getattr("first_session_nowait")?.unbind(),
+    CREATE_SESSION.get_or_try_init(py, || {
+        let module = py.import("ctxalchemy._create_session")?;
+        PyResult::Ok(CreateSession {
+            awaited: module.getattr("create_session")?.unbind(),
+            nowait: module.getattr("create_session_nowait")?.unbind(),
         })
     })?;
     Ok(())
@@ -47,7 +47,7 @@ impl Body<1> for DbSessionNowait {
     fn call<'py>(py: Python<'py>, [connect]: [Argument<'_, 'py>; 1]) -> Outcome<'py> {
         match find(py, connect)? {
             Found::Session(session) => Ok(session),
-            Found::NotYetIn(store) => caught(|| Ok(first_session(py)?.nowait.bind(py).call1((store, connect))?)),
+            Found::NotYetIn(store) => caught(|| Ok(create_session(py)?.nowait.bind(py).call1((store, connect))?)),
         }
     }
 }
@@ -76,10 +76,10 @@ pub fn find<'py>(py: Python<'py>, connect: Argument<'_, 'py>) -> Result<Found<'p
 #[cold]
 pub fn make<'py>(store: Bound<'py, PyAny>, connect: Argument<'_, 'py>) -> PyResult<Bound<'py, PyAny>> {
     let py = store.py();
-    first_session(py)?.awaited.bind(py).call1((store, connect))
+    create_session(py)?.awaited.bind(py).call1((store, connect))
 }
 
-fn first_session(py: Python<'_>) -> PyResult<&FirstSession> {
+fn create_session(py: Python<'_>) -> PyResult<&CreateSession> {
     install(py)?;
-    Ok(FIRST_SESSION.get(py).expect("just installed"))
+    Ok(CREATE_SESSION.get(py).expect("just installed"))
 }

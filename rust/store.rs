@@ -117,7 +117,7 @@ impl Body<1> for Token {
 
 struct Get;
 impl Body<2> for Get {
-    const PARAMETERS: [&'static CStr; 2] = [c"self", c"connection"];
+    const PARAMETERS: [&'static CStr; 2] = [c"self", c"database"];
 
     fn call<'py>(py: Python<'py>, [this, connection]: [Argument<'_, 'py>; 2]) -> Outcome<'py> {
         Ok(session(expect(&this)?, connection).into_bound_py_any(py)?)
@@ -126,7 +126,7 @@ impl Body<2> for Get {
 
 struct Put;
 impl Body<3> for Put {
-    const PARAMETERS: [&'static CStr; 3] = [c"self", c"connection", c"session"];
+    const PARAMETERS: [&'static CStr; 3] = [c"self", c"database", c"session"];
 
     fn call<'py>(py: Python<'py>, [this, connection, session]: [Argument<'_, 'py>; 3]) -> Outcome<'py> {
         let pair = (connection.to_owned().into(), session.to_owned().into());
@@ -145,7 +145,7 @@ impl Body<3> for Put {
 
 struct Pop;
 impl Body<2> for Pop {
-    const PARAMETERS: [&'static CStr; 2] = [c"self", c"connection"];
+    const PARAMETERS: [&'static CStr; 2] = [c"self", c"database"];
 
     fn call<'py>(py: Python<'py>, [this, connection]: [Argument<'_, 'py>; 2]) -> Outcome<'py> {
         let pair = Store::with(expect(&this)?, |inside| inside.sessions.pop(|key| key.is(connection)));

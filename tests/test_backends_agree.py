@@ -31,14 +31,14 @@ def hostless(ctxalchemy: Any) -> Any:
 
 async def in_closed_context(ctxalchemy: Any, function: Callable[[], Any]) -> None:
     """Call the function in a context that has closed: as the request of an application would."""
-    store = ctxalchemy._core.enter()
+    store = ctxalchemy._backend.open_context()
     store.close()
     try:
         result = function()
         if inspect.isawaitable(result):
             await result
     finally:
-        ctxalchemy._core.leave(store)
+        ctxalchemy._backend.reset_context(store)
 
 
 async def in_context(ctxalchemy: Any, function: Callable[[], Any]) -> None:

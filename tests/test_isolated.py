@@ -13,7 +13,11 @@ from support.interpreter import OPTIONS, needs_reference_counts
 
 ISOLATED = Path(__file__).parent / "isolated"
 PACKAGE = Path(__file__).parents[1] / "python" / "ctxalchemy"
-MODULES = sorted(f"ctxalchemy.{path.stem}" for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+MODULES = sorted(
+    ".".join(("ctxalchemy", *path.relative_to(PACKAGE).with_suffix("").parts))
+    for path in PACKAGE.rglob("*.py")
+    if path.stem != "__init__"
+)
 
 
 def run(ctxalchemy: ModuleType, *arguments: str) -> str:

@@ -20,11 +20,11 @@ from support.waiting import eventually
 if TYPE_CHECKING:
     from types import ModuleType
 
-OPENED = "opened, in the task 'Task-N' (test)"
+OPENED = "opened in the task 'Task-N' (test)"
 
 
 def life(*events: str) -> list[str]:
-    return [OPENED, "a session for <DBConnect", *events, "closed"]
+    return [OPENED, "created a session for <DBConnect", *events, "closed"]
 
 
 @pytest.fixture

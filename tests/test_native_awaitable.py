@@ -47,11 +47,11 @@ def session() -> Thing:
 @pytest.fixture
 def store(ctxalchemy: ModuleType, key: Thing, session: Thing) -> Iterator[Any]:
     """An open context with one session, current in the test."""
-    store = ctxalchemy._core.enter()
+    store = ctxalchemy._backend.open_context()
     store.put(key, session)
     yield store
     store.close()
-    ctxalchemy._core.leave(store)
+    ctxalchemy._backend.reset_context(store)
 
 
 def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
@@ -88,12 +88,12 @@ def unending(ctxalchemy: ModuleType, finished: list[bool]) -> Any:
 
 @contextmanager
 def context(ctxalchemy: ModuleType) -> Iterator[Any]:
-    store = ctxalchemy._core.enter()
+    store = ctxalchemy._backend.open_context()
     try:
         yield store
     finally:
         store.close()
-        ctxalchemy._core.leave(store)
+        ctxalchemy._backend.reset_context(store)
 
 
 # The function
@@ -485,7 +485,7 @@ def test_a_context_that_was_left_is_freed_without_the_collector(ctxalchemy: Modu
 
 def test_a_context_that_was_never_left_is_collected(ctxalchemy: ModuleType, key: Thing) -> None:
     def enter() -> weakref.ref[Any]:
-        store = ctxalchemy._core.enter()
+        store = ctxalchemy._backend.open_context()
         store.put(key, store)
         return weakref.ref(store)
 
@@ -497,7 +497,7 @@ def test_a_context_that_was_never_left_is_collected(ctxalchemy: ModuleType, key:
 def test_a_long_chain_of_contexts_that_were_never_left_is_freed(ctxalchemy: ModuleType) -> None:
     def nest() -> None:
         for _ in range(100_000 if ctxalchemy.BACKEND == "native" else 1000):
-            ctxalchemy._core.enter()
+            ctxalchemy._backend.open_context()
 
     Context().run(nest)
     gc.collect()
@@ -514,7 +514,7 @@ def test_a_session_that_goes_may_use_its_context(ctxalchemy: ModuleType, key: Th
             run(ctxalchemy.db_session(key))
 
     other = Thing()
-    store = ctxalchemy._core.enter()
+    store = ctxalchemy._backend.open_context()
     for _ in range(50):
         for connection in (key, other, Thing(), Thing()):
             store.put(connection, Restless())
@@ -524,7 +524,7 @@ def test_a_session_that_goes_may_use_its_context(ctxalchemy: ModuleType, key: Th
         gc.collect()
     assert len(gone) == 250
     store.clear()
-    ctxalchemy._core.leave(store)
+    ctxalchemy._backend.reset_context(store)
 
 
 def test_many_at_once_keep_their_connections_apart(ctxalchemy: ModuleType) -> None:
@@ -693,14 +693,14 @@ async def test_a_stack_of_a_task_that_waits_can_be_printed(ctxalchemy: ModuleTyp
 
 _LEAKS = """
 import gc, os, sys
-import ctxalchemy._core as core
+import ctxalchemy._backend as core
 assert core.BACKEND == sys.argv[1]
 
 class Thing:
     pass
 
 async def use(key):
-    store = core.enter()
+    store = core.open_context()
     for each in (key, Thing(), Thing()):
         store.put(each, Thing())
     session = await core.db_session(key)
@@ -708,7 +708,7 @@ async def use(key):
     core.db_session(key).close()
     assert len(store.items()) == 3
     store.close()
-    core.leave(store)
+    core.reset_context(store)
     try:
         await core.db_session(key)
     except RuntimeError:

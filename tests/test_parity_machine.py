@@ -38,7 +38,7 @@ class Side:
 
     def __init__(self, package: Any, loop: asyncio.AbstractEventLoop) -> None:
         self.package = package
-        self.core = package._core
+        self.core = package._backend
         self._loop = loop
         self.contexts = [Context()]
         self.stores: list[Any] = []
@@ -86,7 +86,7 @@ class Side:
 
     def everything(self) -> object:
         """Every context, and every store, as they can be seen."""
-        current = [self.described(each.run(self.core.current)) for each in self.contexts]
+        current = [self.described(each.run(self.core.current_context)) for each in self.contexts]
         initiated = [each.run(self.package.is_context_initiated) for each in self.contexts]
         stores = [
             (
@@ -138,7 +138,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(target=stores, context=contexts, manual=st.booleans())
     def enter(self, context: int, manual: bool) -> int:
-        self.both(context, lambda side: side.core.enter(manual))
+        self.both(context, lambda side: side.core.open_context(manual))
         return len(self._native.stores) - 1
 
     @rule(target=tokens, context=contexts, force=st.booleans())
@@ -149,12 +149,12 @@ class Machine(RuleBasedStateMachine):
 
     @rule(target=stores, context=contexts)
     def current(self, context: int) -> Any:
-        found = self.both(context, lambda side: side.core.current())
+        found = self.both(context, lambda side: side.core.current_context())
         return found[1] if isinstance(found, tuple) and found[0] == "stores" else multiple()
 
     @rule(context=contexts, store=stores)
     def leave(self, context: int, store: int) -> None:
-        self.both(context, lambda side: side.core.leave(side.stores[store]))
+        self.both(context, lambda side: side.core.reset_context(side.stores[store]))
 
     @rule(context=contexts, token=tokens, with_close=st.booleans())
     def reset(self, context: int, token: int, with_close: bool) -> None:

@@ -19,13 +19,13 @@ import pytest
 
 Packages = dict[str, dict[str, ModuleType]]
 FUNCTIONS = (
-    "current",
+    "current_context",
     "db_session",
     "db_session_nowait",
-    "enter",
+    "open_context",
     "init_db_session_ctx",
     "is_context_initiated",
-    "leave",
+    "reset_context",
 )
 METHODS = ("get", "put", "pop", "items", "clear", "close", "__init__", "__len__", "__repr__")
 
@@ -44,7 +44,7 @@ def same(packages: Packages, look: Callable[[Any], object]) -> object:
     found = []
     for modules in packages.values():
         try:
-            found.append(described(look(modules["ctxalchemy"]._core)))
+            found.append(described(look(modules["ctxalchemy"]._backend)))
         except Exception as error:
             found.append(described(error))
     assert found[0] == found[1]
@@ -156,7 +156,7 @@ def test_the_store(packages: Packages, look: Callable[[Any], object]) -> None:
 def test_the_attributes_of_the_store_cannot_be_set(packages: Packages, name: str) -> None:
     for modules in packages.values():
         with pytest.raises(AttributeError):
-            setattr(modules["ctxalchemy"]._core.SessionStore(), name, 1)
+            setattr(modules["ctxalchemy"]._backend.SessionStore(), name, 1)
 
 
 @pytest.mark.parametrize(
@@ -194,8 +194,8 @@ def test_what_db_session_returns(packages: Packages, look: Callable[[Any], objec
 
 def test_leaving_something_else(packages: Packages) -> None:
     for look in (
-        lambda core: core.leave(core.SessionStore()),
-        lambda core: core.leave(None),
-        lambda core: core.leave("something else"),
+        lambda core: core.reset_context(core.SessionStore()),
+        lambda core: core.reset_context(None),
+        lambda core: core.reset_context("something else"),
     ):
         same(packages, look)

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import sqlalchemy
-from sqlalchemy import event, make_url, text
+from sqlalchemy import PoolProxiedConnection, event, make_url, text
 from sqlalchemy.exc import DBAPIError, IllegalStateChangeError, InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session
-from sqlalchemy.pool.base import _ConnectionFairy
 from sqlalchemy.util import await_only, concurrency, greenlet_spawn
 from support.database import Database, needs_asyncpg
 from support.sessions import Note
@@ -53,9 +52,9 @@ async def test_a_session_has_its_pending_objects_in_new(engine: AsyncEngine) -> 
     """``Session._new``."""
     async with AsyncSession(engine) as session:
         sync_session = session.sync_session
-        assert not sync_session._new, "_settling._close_idle would call close() for an empty session"
+        assert not sync_session._new, "internals.has_objects is true for an empty session"
         session.add(Note(name="pending"))
-        assert len(sync_session._new) == 1, "_settling._close_idle would not detach a pending object"
+        assert len(sync_session._new) == 1, "internals.has_objects is false for a session with a pending object"
         await session.flush()
         assert not sync_session._new
 
@@ -64,7 +63,7 @@ async def test_a_session_whose_close_state_is_closed_never_begins_again(engine: 
     """``Session._close_state`` and ``_SessionCloseState.CLOSED``."""
     from sqlalchemy.orm.session import _SessionCloseState
 
-    why = "_settling._end sets it to make a closing permanent"
+    why = "internals.close_permanently sets it"
     session = AsyncSession(engine)
     await session.execute(text("SELECT 1"))
     session.sync_session._close_state = _SessionCloseState.CLOSED
@@ -82,7 +81,7 @@ async def test_a_session_whose_close_state_is_closed_never_begins_again(engine: 
 
 async def test_a_transaction_knows_its_connections_and_whose_they_are(engine: AsyncEngine) -> None:
     """``SessionTransaction._connections``."""
-    why = "_settling._own_connections reads the connections and whose they are from it"
+    why = "internals.own_connections reads the connections from it"
 
     async def assert_one(session: AsyncSession, own: bool) -> None:
         connection = await session.connection()
@@ -101,7 +100,7 @@ async def test_a_transaction_knows_its_connections_and_whose_they_are(engine: As
 
 async def test_what_another_task_is_in_the_way_of_has_a_code_of_its_own(engine: AsyncEngine) -> None:
     """``InvalidRequestError.code`` is ``isce`` where another task is getting a connection for the session."""
-    why = "_settling._is_concurrent tells by it that another task is at the session, and abandons it"
+    why = "internals.is_concurrent_use checks this code"
     session = AsyncSession(engine)
     async with engine.connect():
         # The pool is empty, and this one waits for it.
@@ -116,31 +115,34 @@ async def test_what_another_task_is_in_the_way_of_has_a_code_of_its_own(engine: 
     await session.close()
 
 
-async def test_a_connection_knows_its_place_in_the_pool(engine: AsyncEngine) -> None:
-    """``_ConnectionFairy._connection_record``, and what the place remembers, and for how long."""
-    why = "_lost tells by it whether another task gives the connection up"
-    seen: list[Any] = []
+async def test_record_info_lasts_as_long_as_the_pool_entry(engine: AsyncEngine) -> None:
+    """``PoolProxiedConnection.record_info`` is the ``record_info`` of the pool entry, and empty when detached."""
+    why = "guard keeps the state of a connection in it"
+    invalidated: list[Any] = []
 
-    def note(dbapi_connection: object, entry: ConnectionPoolEntry, _error: object) -> None:
-        # It is told of before the connection is closed.
-        seen.append(entry.dbapi_connection is dbapi_connection)
-        entry.info["noted"] = True
+    def on_connect(_dbapi_connection: object, pool_entry: ConnectionPoolEntry) -> None:
+        assert pool_entry.record_info is not None
+        pool_entry.record_info["entry"] = pool_entry
 
-    event.listen(engine.sync_engine, "invalidate", note)
+    def on_invalidate(dbapi_connection: object, pool_entry: ConnectionPoolEntry, _error: object) -> None:
+        # The event is dispatched before the connection is closed.
+        invalidated.append(pool_entry.dbapi_connection is dbapi_connection)
+
+    event.listen(engine.sync_engine, "connect", on_connect)
+    event.listen(engine.sync_engine, "invalidate", on_invalidate)
     async with engine.connect() as connection:
-        proxied: Any = connection.sync_connection.connection if connection.sync_connection else None
-        entry = proxied._connection_record
-        assert entry.dbapi_connection is proxied.dbapi_connection, why
+        proxied: Any = await connection.get_raw_connection()
+        pool_entry = proxied.record_info["entry"]
+        assert pool_entry.record_info is proxied.record_info, why
+        assert pool_entry.dbapi_connection is proxied.dbapi_connection, why
         await connection.invalidate()
-        assert seen == [True], why
-        assert entry.dbapi_connection is None, why
-        assert entry.info == {"noted": True}, why
+        assert invalidated == [True], why
+        assert pool_entry.dbapi_connection is None, why
     async with engine.connect() as connection:
-        proxied = connection.sync_connection.connection if connection.sync_connection else None
-        assert proxied._connection_record is entry, why
-        assert not entry.info, why
+        proxied = await connection.get_raw_connection()
+        assert proxied.record_info["entry"] is pool_entry, why
         proxied.detach()
-        assert proxied._connection_record is None, why
+        assert not proxied.record_info, why
         await greenlet_spawn(proxied.dbapi_connection.close)
 
 
@@ -159,7 +161,7 @@ async def test_the_adapter_of_asyncpg_is_locked_for_as_long_as_a_statement_takes
 )
 async def test_the_adapter_of_aiosqlite_is_locked_for_as_long_as_a_statement_takes() -> None:
     """``_execute_mutex`` too."""
-    why = "_busy.is_busy tells by it that a task is in the middle of a statement"
+    why = "drivers.is_in_use detects by it that a task is executing a statement"
     slow = text(
         "WITH RECURSIVE c (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c WHERE n < 1000000) SELECT max(n) FROM c"
     )
@@ -186,7 +188,7 @@ async def test_psycopg_is_locked_for_as_long_as_a_statement_takes(database: Data
 
 
 async def _assert_locked_in_a_statement(database: Database, connection: Any, lock: Any) -> None:
-    why = "_busy.is_busy tells by it that a task is in the middle of a statement"
+    why = "drivers.is_in_use detects by it that a task is executing a statement"
     assert isinstance(lock, asyncio.Lock), why
     assert not lock.locked(), why
     task = asyncio.create_task(connection.execute(text("SELECT pg_sleep(0.3)")))
@@ -206,7 +208,7 @@ async def _sleeps(database: Database) -> Any:
 
 async def test_a_lock_knows_who_is_next() -> None:
     """``asyncio.Lock._waiters``: a lock that is handed on is not locked until the next one has run."""
-    why = "_busy.is_busy tells by it that a task is in line for a statement"
+    why = "drivers.is_in_use detects by it that a task is waiting to execute a statement"
     lock: Any = asyncio.Lock()
     assert not lock._waiters, why
     await lock.acquire()
@@ -230,14 +232,16 @@ async def test_asyncpg_says_that_another_operation_is_in_progress(database: Data
         assert await eventually(lambda: _sleeps(database))
         with pytest.raises(DBAPIError) as raised:
             await connection.commit()
-        assert "another operation is in progress" in str(raised.value), "_lost.was_busy looks for these words"
+        assert "another operation is in progress" in str(raised.value), (
+            "drivers.reports_in_use searches for these words"
+        )
         await task
 
 
 @each_driver
 async def test_a_dialect_is_asked_at_each_error_on_a_connection(database: Database, driver: str) -> None:
     """``Dialect.is_disconnect``, whatever the listeners for ``handle_error`` do."""
-    why = "_lost notes by it on which connections a statement has failed"
+    why = "guard notes by it on which connections a statement has failed"
     asked: list[object] = []
 
     def translate(_context: object) -> None:
@@ -256,7 +260,7 @@ async def test_a_dialect_is_asked_at_each_error_on_a_connection(database: Databa
             with pytest.raises(LookupError):
                 await connection.execute(text("SELECT nope"))
             assert asked == [await connection.get_raw_connection()], why
-            assert isinstance(asked[0], _ConnectionFairy), why
+            assert isinstance(asked[0], PoolProxiedConnection), why
             assert weakref.ref(asked[0])() is asked[0], why
 
 
@@ -272,7 +276,7 @@ async def test_a_dialect_ends_a_connection_that_the_pool_does_not_know(database:
         async def ended() -> bool:
             return await database.backends() == []
 
-        assert await eventually(ended), "_cutting.cut and _settling._give_up end connections by it"
+        assert await eventually(ended), "guard.invalidate terminates connections with it"
         await connection.invalidate()
 
 
@@ -281,7 +285,7 @@ async def test_psycopg_closes_without_waiting(database: Database) -> None:
     async with engine_to(database, "psycopg") as engine, engine.connect() as connection:
         driver_connection: Any = (await connection.get_raw_connection()).driver_connection
         driver_connection.pgconn.finish()
-        assert driver_connection.closed, "_cutting._close_psycopg closes it so where nothing can be awaited"
+        assert driver_connection.closed, "drivers.cancel_statement closes psycopg with it if nothing can be awaited"
         await connection.invalidate()
 
 
@@ -294,8 +298,8 @@ async def test_a_greenlet_knows_that_it_can_wait() -> None:
         await_only(gate())
         return concurrency.in_greenlet()
 
-    assert not concurrency.in_greenlet(), "_cutting.cut may not wait outside of a greenlet"
-    assert await greenlet_spawn(inside), "_cutting.cut may wait in a greenlet"
+    assert not concurrency.in_greenlet(), "drivers.cancel_statement must not await outside of a greenlet"
+    assert await greenlet_spawn(inside), "drivers.cancel_statement awaits in a greenlet"
     assert gate.arrivals == 1
 
 
@@ -317,5 +321,5 @@ def test_the_methods_that_end_a_session_are_of_its_class() -> None:
     """``AsyncSession`` defines ``commit``, ``rollback`` and ``close`` itself, and has a ``__dict__``."""
     session = AsyncSession()
     for method in ("commit", "rollback", "close"):
-        assert method in vars(AsyncSession), "_settling._keeps compares the methods of the class"
-        assert method not in session.__dict__, "_settling._keeps looks here for what has been patched"
+        assert method in vars(AsyncSession), "session._is_original compares the methods of the class"
+        assert method not in session.__dict__, "session._is_original checks here whether a method was patched"

@@ -66,12 +66,12 @@ def test_the_gil_stays_off(ctxalchemy: ModuleType) -> None:
 
 def test_contexts_in_many_threads_are_kept_apart(ctxalchemy: ModuleType) -> None:
     """The connections are everyone's; the contexts and what is in them are each task's own."""
-    core = ctxalchemy._core
+    core = ctxalchemy._backend
     connections = [ctxalchemy.DBConnect.from_url("sqlite+aiosqlite://") for _ in range(5)]
 
     async def task(number: int, turn: int) -> None:
-        store = core.enter()
-        assert core.current() is store
+        store = core.open_context()
+        assert core.current_context() is store
         mine = [Session((number, turn)) for _ in connections]
         for connection, session in zip(connections, mine, strict=True):
             ctxalchemy.put_db_session_to_context(connection, session)
@@ -80,17 +80,17 @@ def test_contexts_in_many_threads_are_kept_apart(ctxalchemy: ModuleType) -> None
             assert await ctxalchemy.db_session(connection) is session
             assert ctxalchemy.db_session_nowait(connection) is session
         assert store.pop(connections[2]) is mine[2]
-        inner = core.enter()
+        inner = core.open_context()
         with pytest.raises(StopIteration) as stopped:
             ctxalchemy.db_session(connections[0]).send(None)
         assert stopped.value.value is not mine[0]
         inner.close()
-        core.leave(inner)
+        core.reset_context(inner)
         assert [session for _, session in store.close()] == [*mine[:2], *mine[3:]]
         with pytest.raises(ctxalchemy.ContextClosedError):
             await ctxalchemy.db_session(connections[0])
-        core.leave(store)
-        assert core.current() is None
+        core.reset_context(store)
+        assert core.current_context() is None
 
     async def work(number: int) -> None:
         for turn in range(0, 200, 10):
@@ -103,7 +103,7 @@ def test_a_context_that_threads_share_stays_whole(ctxalchemy: ModuleType) -> Non
     """Nothing gets lost, doubled or mixed up when everyone puts, finds and pops in the same store."""
     if ctxalchemy.BACKEND == "python":
         pytest.skip("threads that share a context may look up in pure Python, and not change it at the same time")
-    core = ctxalchemy._core
+    core = ctxalchemy._backend
     shared = [ctxalchemy.DBConnect.from_url("sqlite+aiosqlite://") for _ in range(3)]
     store = core.SessionStore()
     closed = core.SessionStore()

@@ -32,10 +32,10 @@ async def test_settling_without_a_context_is_an_error(ctxalchemy: ModuleType, na
 
 @pytest.mark.parametrize("name", SETTLING)
 async def test_settling_a_context_that_has_closed_is_an_error(ctxalchemy: ModuleType, name: str) -> None:
-    store = ctxalchemy._core.enter()
+    store = ctxalchemy._backend.open_context()
     store.close()
     try:
         with pytest.raises(ctxalchemy.ContextClosedError):
             await call(ctxalchemy, name)
     finally:
-        ctxalchemy._core.leave(store)
+        ctxalchemy._backend.reset_context(store)

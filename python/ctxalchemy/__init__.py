@@ -1,17 +1,6 @@
 """The SQLAlchemy session of the current request, anywhere in an async service."""
 
-from ._connection import DBConnect
-from ._context import new_ctx, reset_db_session_ctx, run_in_new_ctx
-from ._core import BACKEND, db_session, db_session_nowait, init_db_session_ctx, is_context_initiated
-from ._errors import (
-    ContextAlreadyInitiatedError,
-    ContextClosedError,
-    ContextNotInitiatedError,
-    PartialCommitError,
-    SessionNotReadyError,
-)
-from ._middleware import ASGIHTTPDBSessionMiddleware
-from ._sessions import (
+from ._api import (
     atomic_db_session,
     auto_commit_by_status_code,
     close_all_sessions,
@@ -26,7 +15,17 @@ from ._sessions import (
     rollback_all_sessions,
     rollback_db_session,
 )
-from ._settling import BeforeCommitCallback
+from ._backend import BACKEND, db_session, db_session_nowait, init_db_session_ctx, is_context_initiated
+from ._complete import BeforeCommitCallback, PartialCommitError
+from ._context import new_ctx, reset_db_session_ctx, run_in_new_ctx
+from ._db_connect import DBConnect
+from ._errors import (
+    ContextAlreadyInitiatedError,
+    ContextClosedError,
+    ContextNotInitiatedError,
+    SessionNotReadyError,
+)
+from ._middleware import ASGIHTTPDBSessionMiddleware
 
 __all__ = [
     "BACKEND",
@@ -62,7 +61,7 @@ __all__ = [
 
 
 def _show_as_own(names: list[str]) -> None:
-    """Let reprs, pickles and documentation name this module, not the private one behind it."""
+    """Make reprs, pickles and the documentation name this module, and not the private module behind it."""
     for name in names:
         public = globals()[name]
         if getattr(public, "__module__", "").startswith(f"{__name__}."):

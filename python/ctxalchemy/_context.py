@@ -1,4 +1,4 @@
-"""The life of a context that is opened by hand, or around a block or a call."""
+"""Contexts that the application opens: by hand, around a block, or around a call."""
 
 from __future__ import annotations
 
@@ -8,32 +8,33 @@ from contextlib import asynccontextmanager
 from contextvars import Token
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from . import _settling, _telling
-from ._core import SessionStore, current, enter, leave
+from . import _complete, _logging
+from ._backend import SessionStore, current_context, open_context, reset_context
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
 
-    from ._connection import DBConnect
+    from ._db_connect import DBConnect
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 async def reset_db_session_ctx(token: Token[SessionStore | None], with_close: bool = True) -> None:
-    """Close the context that ``init_db_session_ctx`` opened, and make the one before current again.
+    """Close the context that ``init_db_session_ctx`` opened, and make the outer context current again.
 
-    What has not been committed is rolled back.  Every session is closed and the context restored even
-    where some fail.  Contexts opened inside it and not reset yet are closed with it.
+    Open transactions are rolled back.  Every session is closed and the outer context is restored, even if closing some
+    of the sessions fails.  Nested contexts that are still open are closed too.
 
     Args:
-        token: what ``init_db_session_ctx`` returned.
-        with_close: close the sessions; else only forget them: whoever made them closes them.
+        token: the token that ``init_db_session_ctx`` returned.
+        with_close: close the sessions.  Otherwise the sessions are only removed, and whoever created them must close
+            them.
 
     Raises:
         TypeError: this is not a token.
-        ValueError: the token is of another context, or was used before; nothing is done.
-        Exception: closing a session failed; several: an ``ExceptionGroup``.
+        ValueError: the token belongs to another context, or was used before.  Nothing is done in this case.
+        Exception: closing a session failed.  If several failed, an ``ExceptionGroup``.
 
     Example:
         >>> token = init_db_session_ctx()
@@ -43,35 +44,35 @@ async def reset_db_session_ctx(token: Token[SessionStore | None], with_close: bo
         ... finally:
         ...     await reset_db_session_ctx(token)
     """
-    store = current()
+    store = current_context()
     if store is not None and store.token is token is not None:
-        # First, because this is what a token of another task fails at.
-        leave(store)
-        if _telling.told:
-            _telling.closed(store)
-        entries = store.close()
+        # This comes first, because it fails if the token belongs to another task.
+        reset_context(store)
+        if _logging.logged_contexts:
+            _logging.log_context_closed(store)
+        items = store.close()
     else:
-        entries = _leave_several(token)
-    if with_close and entries and (sessions := _settling.close_idle(entries)):
-        await _settling.close_all(sessions)
+        items = _close_nested(token)
+    if with_close and items:
+        await _complete.close_all(items)
 
 
-def _leave_several(token: Token[SessionStore | None]) -> list[tuple[DBConnect, AsyncSession]]:
-    """Leave and close the contexts from the current one out to that of the token; return what was in them."""
+def _close_nested(token: Token[SessionStore | None]) -> list[tuple[DBConnect, AsyncSession]]:
+    """Close the current context and the outer ones up to that of the token, and return what they contained."""
     stores = _opened_since(token)
     for store in stores:
-        leave(store)
-        if _telling.told:
-            _telling.closed(store)
-    return [entry for store in stores for entry in store.close()]
+        reset_context(store)
+        if _logging.logged_contexts:
+            _logging.log_context_closed(store)
+    return [item for store in stores for item in store.close()]
 
 
 def _opened_since(token: Token[SessionStore | None]) -> list[SessionStore]:
-    """The contexts from the current one out to that of the token."""
+    """Return the current context and the outer ones, up to that of the token."""
     if not isinstance(token, Token):
         raise TypeError(f"expected the token that init_db_session_ctx() returned, got {type(token).__name__}")
     stores: list[SessionStore] = []
-    store = current()
+    store = current_context()
     while store is not None and store.token is not None:
         stores.append(store)
         if store.token is token:
@@ -79,45 +80,47 @@ def _opened_since(token: Token[SessionStore | None]) -> list[SessionStore]:
         outer = store.token.old_value
         store = None if outer is Token.MISSING else outer
     raise ValueError(
-        "this token is not of a context that is open here: it was reset before, or init_db_session_ctx() "
+        "this token does not belong to a context that is open here: it was reset before, or init_db_session_ctx() "
         "was called in another task"
     )
 
 
 @asynccontextmanager
 async def new_ctx() -> AsyncIterator[None]:
-    """A context of its own for a block: in workers, scripts, and tasks that outlive their request.
+    """Open a context for a block: in a worker, a script, or a task that outlives its request.
 
-    Committed where the block ends, rolled back where it raises or is cancelled, closed always.
+    The context is committed at the end of the block.  It is rolled back if the block raises or is cancelled.  It is
+    always closed.
 
     Raises:
-        PartialCommitError: a commit failed after those of other sessions had succeeded.
-        Exception: what a commit or a close raised.
+        PartialCommitError: a commit failed after the commits of other sessions had succeeded.
+        Exception: the exception of committing or closing a session.
 
     Example:
         >>> async with new_ctx():
-        ...     session = await db_session(connection)
+        ...     session = await db_session(db)
         ...     session.add(Job(name="nightly"))
     """
-    store = enter()
+    store = open_context()
     try:
         yield
-        await _settling.commit_all(store)
-        sessions = [session for _, session in store.close()]
-        if _telling.told:
-            _telling.closed(store)
-        await _settling.close_all(sessions)
+        await _complete.commit_all(store)
+        items = store.close()
+        if _logging.logged_contexts:
+            _logging.log_context_closed(store)
+        await _complete.close_all(items)
     except BaseException as error:
-        await _settling.abort(store, error)
+        await _complete.abort(store, error)
         raise
     finally:
-        leave(store)
+        reset_context(store)
 
 
 async def run_in_new_ctx(callable_func: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Run an async function in a task of its own with a context of its own: for concurrent queries.
+    """Run an async function in its own task with its own context: for concurrent queries.
 
-    Committed where it returns, rolled back where it raises or is cancelled, closed always.
+    The context is committed if the function returns.  It is rolled back if the function raises or is cancelled.  It is
+    always closed.
 
     Args:
         callable_func: the async function.
@@ -125,11 +128,11 @@ async def run_in_new_ctx(callable_func: Callable[P, Coroutine[Any, Any, T]], *ar
         kwargs: its keyword arguments.
 
     Returns:
-        What the function returned.
+        The return value of the function.
 
     Raises:
         TypeError: the function is not async.
-        Exception: what the function, a commit or a close raised.
+        Exception: the exception of the function, or of committing or closing a session.
 
     Example:
         >>> users, orders = await asyncio.gather(

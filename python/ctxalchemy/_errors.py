@@ -1,68 +1,37 @@
-"""The exceptions of the package, and the wording of those that both backends raise."""
+"""The exceptions of the package, and the messages that both backends raise.
+
+``PartialCommitError`` is defined in ``_complete``, which raises it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from ._connection import DBConnect
-
 DOCUMENTATION = "docs/"
-"""Where the pages are: in the repository.  Once they are published: their address."""
+"""Where the pages of the documentation are: in the repository, until a site is published."""
 
 
 def see(page: str) -> str:
-    """The end of a message: where to read on."""
+    """Return the end of a message: the page that explains it."""
     return f"; see {DOCUMENTATION}{page}"
 
 
 class ContextNotInitiatedError(RuntimeError):
-    """No context is current where one is needed."""
+    """No context is current, and the call needs one."""
 
 
 class ContextClosedError(ContextNotInitiatedError):
-    """The current context has closed: the caller outlived the request (or block) it belongs to."""
+    """The current context is closed: the caller outlives its request or block."""
 
 
 class ContextAlreadyInitiatedError(RuntimeError):
-    """A context is opened while another one is open."""
+    """A context cannot be opened because another one is open."""
 
 
 class SessionNotReadyError(RuntimeError):
-    """The session does not exist yet, and making it has to wait, which a synchronous call cannot."""
-
-
-class PartialCommitError(RuntimeError):
-    """A commit failed after those of other sessions had succeeded.
-
-    The first error is its ``__cause__``.
-
-    Attributes:
-        committed: the connections whose sessions were committed, in that order.
-        failed: the connections whose sessions were not: first the one whose commit failed, then
-            those that were rolled back because of it.
-    """
-
-    def __init__(self, committed: Sequence[DBConnect], failed: Sequence[DBConnect]) -> None:
-        self.committed: tuple[DBConnect, ...] = tuple(committed)
-        self.failed: tuple[DBConnect, ...] = tuple(failed)
-        super().__init__(self.committed, self.failed)
-
-    def __str__(self) -> str:
-        return (
-            f"{len(self.committed)} session(s) had been committed when the commit of another failed; "
-            f"committed: {_names(self.committed)}; not committed: {_names(self.failed)}"
-            + see("guides/several-databases.md")
-        )
-
-
-def _names(connections: Sequence[DBConnect]) -> str:
-    return ", ".join(map(repr, connections))
+    """The session does not exist yet, and a synchronous call cannot wait until it is created."""
 
 
 def no_context() -> ContextNotInitiatedError:
-    """The error for a call without a context."""
+    """Return the error for a call without a context."""
     return ContextNotInitiatedError(
         "no database session context is open here: add the middleware to the application, "
         "or use run_in_new_ctx(), new_ctx() or init_db_session_ctx()"
@@ -71,17 +40,17 @@ def no_context() -> ContextNotInitiatedError:
 
 
 def closed_context() -> ContextClosedError:
-    """The error for a call in a context that has closed."""
+    """Return the error for a call in a context that is closed."""
     return ContextClosedError(
-        "the database session context has closed: this code outlived the request it was started in; "
-        "give it a context of its own with run_in_new_ctx() or new_ctx()"
+        "the database session context is closed: this code outlives the request that started it; "
+        "give it its own context with run_in_new_ctx() or new_ctx()"
         + see("guides/streams-and-background-tasks.md#a-task-that-outlives-its-request")
     )
 
 
 def context_already_open() -> ContextAlreadyInitiatedError:
-    """The error for opening a context while one is open."""
+    """Return the error for opening a context while another one is open."""
     return ContextAlreadyInitiatedError(
-        "a database session context is already open here: reset it first, or pass force=True to nest another"
+        "a database session context is already open here: reset it first, or pass force=True to open a nested one"
         + see("api.md#contexts")
     )

@@ -1,46 +1,47 @@
-"""The ASGI middleware: a context for each request, settled by its response."""
+"""The ASGI middleware: a context for each request, which the response commits or rolls back."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, NoReturn
 
-from . import _settling, _telling
-from ._core import SessionStore, current, enter, leave
-from ._settling import BeforeCommitCallback
+from . import _complete, _logging
+from ._backend import SessionStore, current_context, open_context, reset_context
+from ._complete import BeforeCommitCallback
 
-# The types of the ASGI specification, as in asgiref and Starlette: https://asgi.readthedocs.io/en/latest/specs/main.html
+# The types of the ASGI specification, as in asgiref and Starlette:
+# https://asgi.readthedocs.io/en/latest/specs/main.html
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-# Each framework has types of its own for them, stricter ones too; an application of any may be wrapped, or may wrap.
+# Each framework has its own types for them, and some are stricter.  The middleware accepts the applications of all.
 ASGIApp = Callable[[Any, Any, Any], Awaitable[None]]
 CommitIf = Callable[[int], bool]
 
 _SCOPE_KEY = "ctxalchemy"
-# The message that has the body of a response, or its last part; two are of ASGI's extensions.
+# The messages that contain a response body or its last part.  Two of them belong to extensions of ASGI.
 _BODY = frozenset({"http.response.body", "http.response.pathsend", "http.response.zerocopysend"})
 
 
 class ASGIHTTPDBSessionMiddleware:
-    """Give each HTTP request a context, and settle it by the response.
+    """Open a context for each HTTP request, and commit or roll it back according to the response.
 
-    It commits before the response starts: who sees a success can read what was written, and a commit
-    that fails is never a success.  The context stays open until the application returns, for streams
-    and background tasks; what these did is committed then, or rolled back where they fail.  Then
+    The middleware commits before it sends the response start: a client that sees a success can read what was written,
+    and a failed commit is never a success.  The context stays open until the application returns, for streams and
+    background tasks.  Their work is committed when the application returns, or rolled back if they fail.  Then
     everything is closed.
 
     Args:
         app: the ASGI application.
         before_commit: awaited with each session before it is committed.
-        commit_if: called with the status of the response; tells whether to commit.  By default a status
-            below 400 commits.
-        websocket: give WebSocket connections a context too, committed when the application returns,
-            rolled back when it raises.
+        commit_if: called with the status of the response; returns whether to commit.  By default, a status below 400
+            commits.
+        websocket: open a context for each WebSocket connection too.  It is committed when the application returns, and
+            rolled back if the application raises.
 
     Raises:
-        TypeError: ``before_commit`` or ``commit_if`` cannot be called.
+        TypeError: ``before_commit`` or ``commit_if`` is not callable.
 
     Example:
         >>> app = ASGIHTTPDBSessionMiddleware(app)
@@ -65,73 +66,73 @@ class ASGIHTTPDBSessionMiddleware:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Serve one ASGI connection."""
         kind = scope["type"]
-        outer = current()
+        outer = current_context()
         if not (kind == "http" or (kind == "websocket" and self.websocket)) or (
             outer is not None and joins_context(scope, outer)
         ):
             await self.app(scope, receive, send)
             return
-        store = enter()
+        store = open_context()
         scope[_SCOPE_KEY] = store
         try:
             if kind == "http":
                 response = _Response(store, send, self)
                 await self.app(scope, receive, response.send)
-                if response.failure is not None or (store and _settling.is_begun(store)):
+                if response.failure is not None or (store and _complete.is_begun(store)):
                     await response.complete()
             else:
                 await self.app(scope, receive, send)
-                await _settling.commit_all(store, self.before_commit)
-            entries = store.close()
-            if _telling.told:
-                # Also where the application has closed its sessions itself.
-                _telling.closed(store)
-            if entries and (sessions := _settling.close_idle(entries)):
-                await _settling.close_all(sessions)
+                await _complete.commit_all(store, self.before_commit)
+            items = store.close()
+            if _logging.logged_contexts:
+                # Even if the application has closed its sessions itself.
+                _logging.log_context_closed(store)
+            if items:
+                await _complete.close_all(items)
         except BaseException as error:
-            await _settling.abort(store, error)
+            await _complete.abort(store, error)
             raise
         finally:
-            leave(store)
+            reset_context(store)
 
 
 class _Response:
-    """What the application sends, and what is settled before it goes out."""
+    """The response of one request: completes the context before the response start is sent."""
 
-    __slots__ = ("_ended", "_middleware", "_send", "_started", "_store", "failure")
+    __slots__ = ("_body_sent", "_middleware", "_send", "_started", "_store", "failure")
 
     def __init__(self, store: SessionStore, send: Send, middleware: ASGIHTTPDBSessionMiddleware) -> None:
         self._store = store
         self._send = send
         self._middleware = middleware
         self._started = False
-        self._ended = False
+        self._body_sent = False
         self.failure: BaseException | None = None
 
-    # Not ``async``: where there is nothing to settle, the server's own awaitable is handed through.
+    # Not ``async``: if there is nothing to complete, the awaitable of the server is returned.
     def send(self, message: Message) -> Awaitable[None]:
         if self._started:
-            # At once: the message is not ours, and who sends it, or passes it on, may change it afterwards.
+            # Read now: the application and other middleware may change the message later.
             if not message.get("more_body", False) and message["type"] in _BODY:
-                self._ended = True
+                self._body_sent = True
         elif message["type"] == "http.response.start":
-            if self.failure is not None or (self._store and _settling.is_begun(self._store)):
-                return self._settle_and_send(message)
+            if self.failure is not None or (self._store and _complete.is_begun(self._store)):
+                return self._complete_and_send(message)
             self._started = True
         elif self.failure is not None:
-            # The rest of a response that was not let out.
+            # The rest of a response that was not sent.
             self._raise_failure(self.failure)
         return self._send(message)
 
-    async def _settle_and_send(self, message: Message) -> None:
+    async def _complete_and_send(self, message: Message) -> None:
         try:
             if not self._middleware.commit_if(message["status"]):
-                await _settling.rollback_all(self._store)
+                await _complete.roll_back_all(self._store)
             elif self.failure is not None:
-                # The application caught the failed commit; it may still answer, but not with a success.
+                # The application caught the failed commit.  It may still send an error, but not a success.
                 self._raise_failure(self.failure)
             else:
-                await _settling.commit_all(self._store, self._middleware.before_commit)
+                await _complete.commit_all(self._store, self._middleware.before_commit)
         except BaseException as error:
             self.failure = self.failure or error
             raise
@@ -139,26 +140,29 @@ class _Response:
         await self._send(message)
 
     async def complete(self) -> None:
-        """Settle what came after the start of the response, or what got none.
+        """Complete the work after the response start, or the work of an application that sent no response.
 
-        An application that returns in the middle of its response has been cut off: Starlette ends a
-        stream so when the client is gone.
+        If an application returns before its response body is complete, its response was interrupted: Starlette ends a
+        stream like this when the client disconnects.
         """
-        if self._ended:
-            await _settling.commit_all(self._store, self._middleware.before_commit)
+        if self._body_sent:
+            await _complete.commit_all(self._store, self._middleware.before_commit)
         elif self.failure is not None and not self._started:
             self._raise_failure(self.failure)
         else:
             if self._started:
-                _telling.log.warning("a response was cut off in its body: what was done since its start is rolled back")
-            await _settling.rollback_all(self._store)
+                _logging.logger.warning(
+                    "the application returned before its response body was complete: its work since the response start "
+                    "is rolled back"
+                )
+            await _complete.roll_back_all(self._store)
 
     @staticmethod
     def _raise_failure(failure: BaseException) -> NoReturn:
         if isinstance(failure, Exception):
             raise failure
-        # The application has dealt with this one, such as a cancellation by asyncio.timeout().
-        raise RuntimeError("the response was not sent: its commit did not come to its end") from failure
+        # The application has handled this one, for example a cancellation by asyncio.timeout().
+        raise RuntimeError("the response was not sent: its commit was interrupted") from failure
 
 
 def is_success(status: int) -> bool:
@@ -167,14 +171,14 @@ def is_success(status: int) -> bool:
 
 
 def joins_context(scope: Scope, store: SessionStore | None) -> bool:
-    """Return whether the request is to be served in this context, which is current.
+    """Return whether the request is served in this context, which is the current one.
 
-    It is where a test or the application's own code opened that by hand, and where the middleware did
-    further out, for this very request.  A request made in process by another one has a scope of its own.
+    This is the case if a test or the application opened the context, or if an outer middleware opened it for this
+    request.  A request that another request makes in process has a scope of its own.
     """
     return store is not None and not store.closed and (store.manual or scope.get(_SCOPE_KEY) is store)
 
 
 def mark_context(scope: Scope) -> None:
-    """Say that the current context is that of this request."""
-    scope[_SCOPE_KEY] = current()
+    """Record that the current context belongs to this request."""
+    scope[_SCOPE_KEY] = current_context()

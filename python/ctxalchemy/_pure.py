@@ -1,7 +1,7 @@
-"""The context and its sessions in pure Python: the fallback, and the written reference.
+"""The context and its sessions in pure Python: the reference implementation, and the fallback.
 
-The native module has the same names and does the same, call for call; what is said here holds for
-both.  Everything else in the package is written against these names.
+The native module has the same names and the same behaviour, call for call.  Its functions take their docstrings from
+here.  The rest of the package uses only these names, through ``_backend``.
 """
 
 from __future__ import annotations
@@ -11,34 +11,43 @@ from typing import NoReturn, SupportsIndex, final
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from ._connection import DBConnect
+from ._create_session import create_session, create_session_nowait
+from ._db_connect import DBConnect
 from ._errors import closed_context, context_already_open, no_context
-from ._first_session import first_session, first_session_nowait
 
-# Of all contexts with fewer than two sessions, and never written to.
-_NO_CONNECTIONS: dict[int, DBConnect] = {}
-_NO_SESSIONS: dict[int, AsyncSession] = {}
+__all__ = [
+    "SessionStore",
+    "current_context",
+    "db_session",
+    "db_session_nowait",
+    "init_db_session_ctx",
+    "is_context_initiated",
+    "open_context",
+    "reset_context",
+]
+
+# Shared by all contexts with fewer than two sessions, and never written to.
+_NO_OTHERS: dict[int, tuple[DBConnect, AsyncSession]] = {}
 
 
 @final
 class SessionStore:
-    """The sessions of one context: connection, by identity, to session, in insertion order.
+    """The sessions of one context: for each database, by identity, its session, in insertion order.
 
-    It is open when made, and closed for good by ``close()``.
+    A new context is open.  ``close()`` closes it permanently.
 
     Args:
-        manual: the context was opened by hand and not by the middleware, which respects it then.
+        manual: the application opened the context, and not the middleware.  The middleware uses such a context.
     """
 
-    # Most contexts hold one session: it has slots of its own.  The others come with the second, by the id of
-    # their connection; two dicts, because the sessions alone are looked up faster than in pairs.
-    __slots__ = ("__weakref__", "_closed", "_connection", "_connections", "_manual", "_session", "_sessions", "_token")
+    # Most contexts have one session, which has slots of its own.  The second and later sessions are in a dictionary by
+    # the id of their database, because a subclass of DBConnect need not be hashable.
+    __slots__ = ("__weakref__", "_closed", "_database", "_manual", "_others", "_session", "_token")
 
     def __init__(self, manual: bool = False) -> None:
-        self._connection: DBConnect | None = None
+        self._database: DBConnect | None = None
         self._session: AsyncSession | None = None
-        self._connections = _NO_CONNECTIONS
-        self._sessions = _NO_SESSIONS
+        self._others = _NO_OTHERS
         self._manual = manual
         self._closed = False
         self._token: Token[SessionStore | None] | None = None
@@ -47,81 +56,77 @@ class SessionStore:
         raise TypeError("type 'ctxalchemy.SessionStore' is not an acceptable base type")
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
-        # A copy would settle and close the same sessions once more.
+        # A copy would complete and close the same sessions again.
         raise TypeError("cannot pickle 'ctxalchemy.SessionStore' object")
 
     @property
     def manual(self) -> bool:
-        """The context was opened by hand."""
+        """Whether the application opened the context."""
         return bool(self._manual)
 
     @property
     def closed(self) -> bool:
-        """The context has closed."""
+        """Whether the context is closed."""
         return self._closed
 
     @property
     def token(self) -> Token[SessionStore | None] | None:
-        """The token of ``enter()``, until ``leave()``."""
+        """The token of ``open_context()``, until ``reset_context()``."""
         return self._token
 
-    def get(self, connection: DBConnect) -> AsyncSession | None:
-        """Return the session of this connection, or None."""
-        return self._session if self._connection is connection else self._sessions.get(id(connection))
+    def get(self, database: DBConnect) -> AsyncSession | None:
+        """Return the session of this database, or None."""
+        if self._database is database:
+            return self._session
+        item = self._others.get(id(database))
+        return None if item is None else item[1]
 
-    def put(self, connection: DBConnect, session: AsyncSession) -> None:
-        """Set the session of this connection; a replaced one keeps its place in the order.
+    def put(self, database: DBConnect, session: AsyncSession) -> None:
+        """Set the session of this database.  A session that replaces another one keeps its place in the order.
 
         Raises:
-            ContextClosedError: the context has closed.
+            ContextClosedError: the context is closed.
         """
         if self._closed:
             raise closed_context()
-        if self._connection is connection or self._connection is None:
-            self._connection, self._session = connection, session
+        if self._database is database or self._database is None:
+            self._database, self._session = database, session
             return
-        if not self._sessions:
-            self._connections, self._sessions = {}, {}
-        self._connections[id(connection)] = connection
-        self._sessions[id(connection)] = session
+        if not self._others:
+            self._others = {}
+        self._others[id(database)] = (database, session)
 
-    def pop(self, connection: DBConnect) -> AsyncSession | None:
-        """Remove and return the session of this connection, or return None."""
-        if self._connection is not connection:
-            if id(connection) in self._sessions:
-                del self._connections[id(connection)]
-                return self._sessions.pop(id(connection))
-            return None
+    def pop(self, database: DBConnect) -> AsyncSession | None:
+        """Remove and return the session of this database, or return None."""
+        if self._database is not database:
+            item = self._others.pop(id(database), None) if self._others else None
+            return None if item is None else item[1]
         session = self._session
-        self._connection = self._session = None
-        if self._sessions:
-            key = next(iter(self._sessions))
-            self._connection, self._session = self._connections.pop(key), self._sessions.pop(key)
+        self._database = self._session = None
+        if self._others:
+            self._database, self._session = self._others.pop(next(iter(self._others)))
         return session
 
     def items(self) -> list[tuple[DBConnect, AsyncSession]]:
-        """Return the connections and their sessions, in the order in which they came."""
-        if self._connection is None or self._session is None:
+        """Return the databases and their sessions, in insertion order."""
+        if self._database is None or self._session is None:
             return []
-        first = (self._connection, self._session)
-        if not self._sessions:
-            return [first]
-        return [first, *zip(self._connections.values(), self._sessions.values(), strict=True)]
+        return [(self._database, self._session), *self._others.values()]
 
     def clear(self) -> list[tuple[DBConnect, AsyncSession]]:
-        """Remove everything, and return what ``items()`` would have."""
+        """Remove all sessions, and return what ``items()`` would have returned."""
         items = self.items()
-        self._connection = self._session = None
-        self._connections, self._sessions = _NO_CONNECTIONS, _NO_SESSIONS
+        self._database = self._session = None
+        self._others = _NO_OTHERS
         return items
 
     def close(self) -> list[tuple[DBConnect, AsyncSession]]:
-        """Close the context for good, remove everything, and return what ``items()`` would have."""
+        """Close the context permanently, remove all sessions, and return what ``items()`` would have returned."""
         self._closed = True
-        return self.clear() if self._connection is not None else []
+        return self.clear() if self._database is not None else []
 
     def __len__(self) -> int:
-        return (self._connection is not None) + len(self._sessions)
+        return (self._database is not None) + len(self._others)
 
     def __repr__(self) -> str:
         return f"<SessionStore {'closed' if self._closed else 'open'}, sessions: {len(self)}>"
@@ -129,59 +134,61 @@ class SessionStore:
 
 _current: ContextVar[SessionStore | None] = ContextVar("ctxalchemy", default=None)
 
-# Looking these up takes longer than calling them.
+# Looking up these methods takes longer than calling them.
 _set, _reset = _current.set, _current.reset
-current = _current.get
+current_context = _current.get
 """Return the current context, open or closed, or None."""
 
 
-def enter(manual: bool = False) -> SessionStore:
+def open_context(manual: bool = False) -> SessionStore:
     """Open a context, make it the current one, and return it."""
     store = SessionStore(manual)
     store._token = _set(store)
     return store
 
 
-def leave(store: SessionStore) -> None:
-    """Make the context current that was so before ``enter()`` returned this one.  It is not closed by this.
+def reset_context(store: SessionStore) -> None:
+    """Make the context current again that was current before ``open_context()`` returned this one.
+
+    This does not close the context.
 
     Raises:
-        TypeError: it is no context.
-        RuntimeError: it was left before, or never entered.
-        ValueError: it was entered in another ``contextvars.Context``: the tasks differ.
+        TypeError: the argument is not a context.
+        RuntimeError: the context was reset before, or was never current.
+        ValueError: the context was opened in another ``contextvars.Context``, for example in another task.
     """
     try:
         token = store._token
     except AttributeError:
         raise TypeError(f"expected a SessionStore, got {store!r}") from None
     if token is None:
-        raise RuntimeError("this database session context has been left already")
+        raise RuntimeError("this database session context has already been reset")
     _reset(token)
     store._token = None
 
 
 def init_db_session_ctx(force: bool = False) -> Token[SessionStore | None]:
-    """Open a context in the current task.  Who opens it closes it, with ``reset_db_session_ctx``.
+    """Open a context in the current task.  The caller must close it with ``reset_db_session_ctx``.
 
-    The middleware respects it: it then only passes requests through.
+    The middleware uses such a context: it neither completes nor closes it.
 
     Args:
-        force: open one inside an open one.  Without it that is an error.
+        force: open a nested context if one is open.  Without it, an open context is an error.
 
     Returns:
         The token for ``reset_db_session_ctx``.
 
     Raises:
-        ContextAlreadyInitiatedError: an open context is current, and not ``force``.
+        ContextAlreadyInitiatedError: an open context is current, and ``force`` is false.
 
     Example:
         >>> token = init_db_session_ctx()
         >>> try:
-        ...     session = await db_session(connection)
+        ...     session = await db_session(db)
         ... finally:
         ...     await reset_db_session_ctx(token)
     """
-    outer = current()
+    outer = current_context()
     if outer is not None and not outer._closed and not force:
         raise context_already_open()
     store = SessionStore(True)
@@ -191,55 +198,55 @@ def init_db_session_ctx(force: bool = False) -> Token[SessionStore | None]:
 
 def is_context_initiated() -> bool:
     """Return whether an open context is current."""
-    store = current()
+    store = current_context()
     return store is not None and not store._closed
 
 
 async def db_session(connect: DBConnect) -> AsyncSession:
-    """Return the session of the current context for this connection; make it on first use.
+    """Return the session of the current context for this database.  The first call creates it.
 
-    Every later call, in child coroutines and tasks too, returns the same one.
+    Every later call returns the same session, in child coroutines and tasks too.
 
     Args:
-        connect: the connection.
+        connect: the database.
 
     Raises:
         ContextNotInitiatedError: no context is open.
-        ContextClosedError: the context has closed: the caller outlived its request.
+        ContextClosedError: the context is closed: the caller outlives its request.
 
     Example:
-        >>> session = await db_session(connection)
+        >>> session = await db_session(db)
         >>> await session.execute(select(User))
     """
-    store = current()
+    store = current_context()
     if store is None:
         raise no_context()
-    session = store._session if store._connection is connect else store._sessions.get(id(connect))
+    session = store._session if store._database is connect else store.get(connect)
     if session is None:
-        session = await first_session(store, connect)
+        session = await create_session(store, connect)
     return session
 
 
 def db_session_nowait(connect: DBConnect) -> AsyncSession:
-    """Return the session of the current context for this connection, as ``db_session`` does, without waiting.
+    """Return the session of the current context for this database, as ``db_session`` does, without waiting.
 
     Args:
-        connect: the connection.
+        connect: the database.
 
     Raises:
         ContextNotInitiatedError: no context is open.
-        ContextClosedError: the context has closed: the caller outlived its request.
-        SessionNotReadyError: there is no session yet, and the connection's
-            ``before_create_session_handler`` has to be awaited to make it.
+        ContextClosedError: the context is closed: the caller outlives its request.
+        SessionNotReadyError: the session does not exist yet, and creating it would have to wait: the database has a
+            ``before_create_session_handler``, or no event loop is running.
 
     Example:
-        >>> session = db_session_nowait(connection)
+        >>> session = db_session_nowait(db)
         >>> session.add(user)
     """
-    store = current()
+    store = current_context()
     if store is None:
         raise no_context()
-    session = store._session if store._connection is connect else store._sessions.get(id(connect))
+    session = store._session if store._database is connect else store.get(connect)
     if session is None:
-        session = first_session_nowait(store, connect)
+        session = create_session_nowait(store, connect)
     return session

@@ -1,4 +1,4 @@
-"""The middleware for FastAPI.  It is the same class, and the same functions, as for Starlette."""
+"""The middleware for FastAPI: the same class and the same functions as for Starlette."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
-"""Fixtures for the tests of applications; pytest finds them by itself where the package is installed.
+"""Fixtures for the tests of applications.  pytest finds them if the package is installed.
 
-Say which connections there are::
+Name the databases of the application in a fixture::
 
     @pytest.fixture
     def db_connections():
-        return connection  # or several: [main, audit]
+        return db  # or several: [main_db, audit_db]
 
-``shared_sessions`` and ``shared_session`` then share one transaction between test and application, and
-undo it.  ``db_context`` gives a test a context of its own, whose work is kept.  All work with
-pytest-asyncio, in both its modes, and with anyio.
+With ``shared_sessions`` and ``shared_session``, the test and the application share one transaction, which is rolled
+back after the test.  ``db_context`` opens a context for a test, and commits its work.  All fixtures work with
+pytest-asyncio, in both of its modes, and with anyio.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from ._connection import DBConnect
+from ._db_connect import DBConnect
 from .testing import put_savepoint_session_in_ctx, rollback_session, set_test_context
 
 try:
@@ -33,9 +33,9 @@ else:
 
 @pytest.fixture
 def db_connections() -> DBConnect | Iterable[DBConnect]:
-    """The connections of the application: one, or several. For you to override."""
+    """The databases of the application: one or several.  Override this fixture."""
     raise pytest.UsageError(
-        "define a fixture db_connections in conftest.py: it returns the application's DBConnect, or a list of them"
+        "define a fixture db_connections in conftest.py that returns the application's DBConnect, or a list of them"
     )
 
 
@@ -43,40 +43,40 @@ def db_connections() -> DBConnect | Iterable[DBConnect]:
 async def shared_sessions(
     db_connections: DBConnect | Iterable[DBConnect],
 ) -> AsyncIterator[dict[DBConnect, AsyncSession]]:
-    """For each connection, a session that test and application share; its work is undone after the test.
+    """For each database, a session that the test and the application share.  Its work is rolled back after the test.
 
-    What the application commits only releases a savepoint.
+    A commit of the application only releases a savepoint.
     """
-    connections = _as_list(db_connections)
+    databases = _as_list(db_connections)
     async with AsyncExitStack() as stack:
-        outer = [await stack.enter_async_context(rollback_session(connection)) for connection in connections]
+        outer = [await stack.enter_async_context(rollback_session(database)) for database in databases]
         await stack.enter_async_context(set_test_context())
         yield {
-            connection: await stack.enter_async_context(put_savepoint_session_in_ctx(connection, session))
-            for connection, session in zip(connections, outer, strict=True)
+            database: await stack.enter_async_context(put_savepoint_session_in_ctx(database, session))
+            for database, session in zip(databases, outer, strict=True)
         }
 
 
 def _as_list(defined: Any) -> list[DBConnect]:
     returned: list[object] = list(defined) if isinstance(defined, Iterable) else [defined]
-    connections = [each for each in returned if isinstance(each, DBConnect)]
-    if not connections or len(connections) < len(returned):
-        # Its type only: a URL has a password.
+    databases = [each for each in returned if isinstance(each, DBConnect)]
+    if not databases or len(databases) < len(returned):
+        # The type only: a URL contains a password.
         raise pytest.UsageError(
-            "the fixture db_connections has to return the application's DBConnect, or a list of them; "
+            "the fixture db_connections must return the application's DBConnect, or a list of them; "
             f"it returned {', '.join(type(each).__name__ for each in returned) or 'none'}"
         )
-    return connections
+    return databases
 
 
 @pytest.fixture
 def shared_session(shared_sessions: dict[DBConnect, AsyncSession]) -> AsyncSession:
-    """The session of ``shared_sessions`` for the only connection, or the first."""
+    """The session of ``shared_sessions`` for the only database, or for the first one."""
     return next(iter(shared_sessions.values()))
 
 
 @_async_fixture
 async def db_context() -> AsyncIterator[None]:
-    """A context for a test that calls functions which need one; committed and closed after the test."""
+    """A context for a test that calls functions which need one.  It is committed and closed after the test."""
     async with set_test_context(auto_close=True):
         yield

@@ -1,4 +1,4 @@
-"""The middleware for Starlette.  It is the same class as for any ASGI application."""
+"""The middleware for Starlette: the same class as for every ASGI application."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from starlette.middleware.base import RequestResponseEndpoint
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ._api import auto_commit_by_status_code
+from ._backend import current_context
+from ._complete import BeforeCommitCallback
 from ._context import new_ctx
-from ._core import current
 from ._middleware import ASGIHTTPDBSessionMiddleware, joins_context, mark_context
-from ._sessions import auto_commit_by_status_code
-from ._settling import BeforeCommitCallback
 
 __all__ = [
     "StarletteHTTPDBSessionMiddleware",
@@ -32,16 +32,16 @@ def add_starlette_http_db_session_middleware(
     Args:
         app: the Starlette or FastAPI application.
         before_commit: awaited with each session before it is committed.
-        options: the further options of ``ASGIHTTPDBSessionMiddleware``.
+        options: the other options of ``ASGIHTTPDBSessionMiddleware``.
 
     Raises:
-        TypeError: there is no such option.
+        TypeError: an option does not exist, or has the wrong type.
 
     Example:
         >>> app = Starlette(routes=routes)
         >>> add_starlette_http_db_session_middleware(app)
     """
-    # Starlette itself would only find out at the first request.
+    # Check the options now: Starlette creates the middleware at the first request.
     ASGIHTTPDBSessionMiddleware(app, before_commit, **options)
     app.add_middleware(ASGIHTTPDBSessionMiddleware, before_commit, **options)
 
@@ -49,27 +49,27 @@ def add_starlette_http_db_session_middleware(
 async def starlette_http_db_session_middleware(
     request: Request, call_next: RequestResponseEndpoint, before_commit: BeforeCommitCallback | None = None
 ) -> Response:
-    """Do what the middleware does as a dispatch function for ``BaseHTTPMiddleware``, for code that has one.
+    """Do the work of the middleware as a dispatch function for ``BaseHTTPMiddleware``.
 
-    That class hands a response over before its body is made.  So here the context closes before the
-    response goes out: streams and background tasks get ``ContextClosedError``, and need a context of
-    their own.  It also costs each request a task; prefer ``add_starlette_http_db_session_middleware``.
+    ``BaseHTTPMiddleware`` receives a response before its body exists.  Therefore the context is closed before the
+    response is sent: streams and background tasks get ``ContextClosedError`` and need their own context.
+    ``BaseHTTPMiddleware`` also starts a task for each request.  Prefer ``add_starlette_http_db_session_middleware``.
 
     Args:
         request: the request.
-        call_next: what serves it.
+        call_next: the function that serves the request.
         before_commit: awaited with each session before it is committed.
 
     Returns:
         The response.
 
     Raises:
-        Exception: what the application, a commit or a close raised.
+        Exception: the exception of the application, or of committing or closing a session.
 
     Example:
         >>> app.add_middleware(BaseHTTPMiddleware, dispatch=starlette_http_db_session_middleware)
     """
-    if joins_context(request.scope, current()):
+    if joins_context(request.scope, current_context()):
         return await call_next(request)
     async with new_ctx():
         mark_context(request.scope)

@@ -21,7 +21,7 @@ use crate::coroutine;
 pub struct Coroutine {
     ob_base: ffi::PyObject,
     connect: NonNull<ffi::PyObject>,
-    /// The coroutine of `first_session` while there is one; of whoever set the state to `Running`.
+    /// The coroutine of `create_session` while there is one; of whoever set the state to `Running`.
     inner: *mut ffi::PyObject,
     stop: Spare,
     weakrefs: *mut ffi::PyObject,
@@ -37,7 +37,7 @@ pub enum State {
     New,
     /// Someone is inside it right now.
     Running,
-    /// It waits for `first_session`.
+    /// It waits for `create_session`.
     Suspended,
     Done,
 }

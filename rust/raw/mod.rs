@@ -71,7 +71,7 @@ pub fn check_interpreter(_: Python<'_>) -> PyResult<()> {
     let this = unsafe { ffi::PyInterpreterState_GetID(ffi::PyInterpreterState_Get()) };
     match FIRST.compare_exchange(-1, this, Ordering::Relaxed, Ordering::Relaxed) {
         Err(first) if first != this => {
-            Err(PyImportError::new_err("ctxalchemy._native can be imported by one interpreter of a process only"))
+            Err(PyImportError::new_err("ctxalchemy._native can be imported by only one interpreter of a process"))
         }
         _ => Ok(()),
     }
@@ -167,5 +167,5 @@ pub fn caught<T>(body: impl FnOnce() -> Result<T, Raised>) -> Result<T, Raised> 
 
 #[cold]
 fn panicked() -> Raised {
-    PanicException::new_err("ctxalchemy._native has a bug; stderr says where").into()
+    PanicException::new_err("ctxalchemy._native panicked; the reason is on stderr").into()
 }

@@ -209,7 +209,7 @@ async def test_the_client_of_a_request_with_a_busy_session_sees_an_error(
     witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), connection)
     async with client_of(witness, "tcp") as client:
         assert (await client.get("/")).status_code == 500
-    with pytest.raises(InvalidRequestError, match=r"in the middle of a statement.*run_in_new_ctx"):
+    with pytest.raises(InvalidRequestError, match=r"is executing a statement.*run_in_new_ctx"):
         raise await witness.error() or AssertionError
     assert all_failed(await asyncio.gather(*tasks, return_exceptions=True))
     await assert_whole(ctxalchemy, database, connection, notes=[])
@@ -376,7 +376,7 @@ async def test_a_busy_session_is_settled_by_hand(
     token = ctxalchemy.init_db_session_ctx()
     tasks = await in_a_statement(database)(await ctxalchemy.db_session(connection))
     if way in (commit, commit_all):
-        with pytest.raises(InvalidRequestError, match="in the middle of a statement"):
+        with pytest.raises(InvalidRequestError, match="is executing a statement"):
             await way(ctxalchemy, connection)
     else:
         await way(ctxalchemy, connection)

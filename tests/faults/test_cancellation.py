@@ -459,14 +459,14 @@ async def cancel_everywhere(world: World, shape: Shape, manner: Manner, check: C
             world.raised = world.context_kept = None
 
         async def request() -> None:
-            outer = ctxalchemy._core.current()
+            outer = ctxalchemy._backend.current_context()
             try:
                 await shape.request(world)
             except LookupError as error:
                 world.raised = error
                 raise
             finally:
-                world.context_kept = ctxalchemy._core.current() is outer
+                world.context_kept = ctxalchemy._backend.current_context() is outer
 
         async def check_run(run: Run) -> None:
             if holder is not None:

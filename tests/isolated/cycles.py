@@ -9,7 +9,7 @@ import weakref
 from typing import Any
 
 import ctxalchemy
-from ctxalchemy._core import SessionStore, enter
+from ctxalchemy._backend import SessionStore, open_context
 
 
 class Session:
@@ -31,7 +31,7 @@ def through_the_token() -> weakref.ref[Session]:
     session = Session()
 
     def enter_it() -> None:
-        session.store = enter()
+        session.store = open_context()
         session.store.put(session, session)
 
     contextvars.Context().run(enter_it)

@@ -8,19 +8,19 @@ import resource
 import sys
 
 from ctxalchemy import DBConnect, db_session, db_session_nowait, new_ctx
-from ctxalchemy._core import enter, leave
+from ctxalchemy._backend import open_context, reset_context
 
 SESSION = object()
 
 
 async def work(connection: DBConnect, rounds: int) -> None:
     for _ in range(rounds):
-        store = enter()
+        store = open_context()
         store.put(connection, SESSION)  # type: ignore[arg-type]
         assert await db_session(connection) is SESSION
         assert db_session_nowait(connection) is SESSION
         store.close()
-        leave(store)
+        reset_context(store)
     async with new_ctx():
         session = await db_session(connection)
         for _ in range(rounds):

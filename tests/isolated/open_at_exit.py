@@ -6,20 +6,20 @@ import asyncio
 import threading
 
 from ctxalchemy import DBConnect, db_session, init_db_session_ctx
-from ctxalchemy._core import current, enter
+from ctxalchemy._backend import current_context, open_context
 
 connection = DBConnect.from_url("sqlite+aiosqlite://")
 
 
 async def open_one() -> None:
     init_db_session_ctx(force=True)
-    kept.append((await db_session(connection), current()))
+    kept.append((await db_session(connection), current_context()))
 
 
 kept: list[object] = []
 
 if __name__ == "__main__":
-    kept.append(enter())
+    kept.append(open_context())
     asyncio.run(open_one())
     thread = threading.Thread(target=asyncio.run, args=[open_one()])
     thread.start()

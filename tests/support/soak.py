@@ -103,7 +103,7 @@ class Soak:
         self.happened: Counter[str] = Counter()
         self.sizes: list[int] = []
         self._ctxalchemy = ctxalchemy
-        self._core = sys.modules.get("ctxalchemy._core") or ctxalchemy._core
+        self._backend = sys.modules.get("ctxalchemy._backend") or ctxalchemy._backend
         self._database = database
         # Not over psycopg: interrupted in its own clean-up, it closes a socket that the event loop still watches,
         # and whoever gets that file descriptor next, such as a client in this process, fails.
@@ -209,7 +209,7 @@ class Soak:
     async def _app(self, scope: Any, receive: Any, send: Any) -> None:
         """What stands outside the middleware, and sees what the server sees."""
         plan = self._plans[int(scope["query_string"])]
-        outer = self._core.current()
+        outer = self._backend.current_context()
         token = self._plan.set(plan)
 
         async def send_on(message: Any) -> None:
@@ -224,7 +224,7 @@ class Soak:
             raise
         finally:
             self._plan.reset(token)
-            if self._core.current() is not outer:
+            if self._backend.current_context() is not outer:
                 plan.wrong.append("the context is another one than before")
 
     async def _hook(self, _session: AsyncSession) -> None:
@@ -233,7 +233,7 @@ class Soak:
     async def _endpoint(self) -> Answer:
         plan = self._plan.get()
         package = self._ctxalchemy
-        self._stores.append(weakref.ref(self._core.current()))
+        self._stores.append(weakref.ref(self._backend.current_context()))
         if plan.gathers:
             first = self._connections[plan.databases[0]]
             one, two = await asyncio.gather(package.db_session(first), package.db_session(first))

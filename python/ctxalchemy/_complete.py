@@ -1,0 +1,134 @@
+"""Complete a context: commit or roll back all its sessions, then close them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from . import _logging
+from ._errors import see
+from ._sqlalchemy.session import close_without_io, closings, commit_session, flush_session, rollbacks
+
+if TYPE_CHECKING:
+    from ._backend import SessionStore
+    from ._db_connect import DBConnect
+
+    Items = list[tuple[DBConnect, AsyncSession]]
+
+BeforeCommitCallback = Callable[[AsyncSession], Coroutine[Any, Any, None]]
+
+
+class PartialCommitError(RuntimeError):
+    """A commit failed after the commits of other sessions had succeeded.
+
+    The first error is its ``__cause__``.
+
+    Attributes:
+        committed: the databases whose sessions were committed, in the order of the commits.
+        failed: the databases whose sessions were not committed: first the database whose commit failed, then those that
+            were rolled back because of that failure.
+    """
+
+    def __init__(self, committed: Sequence[DBConnect], failed: Sequence[DBConnect]) -> None:
+        self.committed: tuple[DBConnect, ...] = tuple(committed)
+        self.failed: tuple[DBConnect, ...] = tuple(failed)
+        super().__init__(self.committed, self.failed)
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.committed)} session(s) had been committed when the commit of another failed; "
+            f"committed: {', '.join(map(repr, self.committed))}; not committed: {', '.join(map(repr, self.failed))}"
+            + see("guides/several-databases.md")
+        )
+
+
+def is_begun(store: SessionStore) -> bool:
+    """Return whether a session is in a transaction.  Otherwise there is nothing to complete."""
+    for _, session in store.items():  # noqa: PERF102, SIM110 - any() takes a generator; this is not a dict.
+        if session.in_transaction():
+            return True
+    return False
+
+
+async def commit_all(store: SessionStore, before_commit: BeforeCommitCallback | None = None) -> None:
+    """Commit all sessions that are in a transaction, including those that a hook or another task begins meanwhile."""
+    seen: dict[int, AsyncSession] = {}
+    committed: list[DBConnect] = []
+    failed: list[DBConnect] = []
+    try:
+        while batch := await _prepare(store, seen, before_commit):
+            for database, session in batch:
+                if session.in_transaction():
+                    failed = [database]
+                    await commit_session(session)
+                    committed.append(database)
+                    failed = []
+                    if _logging.logged_contexts:
+                        _logging.log_context(store, "committed %r", database)
+    except BaseException as error:
+        begun = list(_begun(store, {}))
+        failed += [database for database, _ in begun if database not in failed]
+        partial = PartialCommitError(committed, failed) if committed else None
+        try:
+            if begun:
+                await rollbacks.run_after(error, [session for _, session in begun])
+        except BaseException as cancelled:
+            if partial is not None:
+                cancelled.add_note(str(partial))
+            raise
+        if partial is not None:
+            if isinstance(error, Exception):
+                raise partial from error
+            error.add_note(str(partial))
+        raise
+
+
+async def roll_back_all(store: SessionStore) -> None:
+    """Roll back all sessions that are in a transaction, even if some of the rollbacks fail."""
+    if _logging.logged_contexts:
+        _logging.log_context(store, "rolling back")
+    await rollbacks.run((session for _, session in _begun(store, {})), "rolled back")
+
+
+async def close_all(items: Items) -> None:
+    """Close sessions that have been removed from their context, even if closing some of them fails."""
+    if sessions := [session for _, session in items if not close_without_io(session)]:
+        await closings.run(sessions, "closed")
+
+
+async def abort(store: SessionStore, error: BaseException) -> None:
+    """Roll back and close a context because of an error.  Failures of this cleanup become notes of the error."""
+    if _logging.logged_contexts:
+        _logging.log_context(store, "rolling back because of %s", type(error).__name__)
+        _logging.log_context_closed(store)
+    if sessions := [session for _, session in store.close() if not close_without_io(session)]:
+        await closings.run_after(error, sessions)
+
+
+async def _prepare(
+    store: SessionStore, seen: dict[int, AsyncSession], before_commit: BeforeCommitCallback | None
+) -> Items:
+    """Run the hooks, then flush if there are several sessions: what can fail early fails before the first commit."""
+    batch = []
+    for database, session in _begun(store, seen):
+        if before_commit is not None:
+            await before_commit(session)
+        batch.append((database, session))
+    if len(batch) > 1:
+        for _, session in batch:
+            await flush_session(session)
+    return batch
+
+
+def _begun(store: SessionStore, seen: dict[int, AsyncSession]) -> Iterator[tuple[DBConnect, AsyncSession]]:
+    """Yield each session that is in a transaction once, even if the context changes during the iteration."""
+    found = True
+    while found:
+        found = False
+        for database, session in store.items():
+            if id(session) not in seen and session.in_transaction():
+                found = True
+                seen[id(session)] = session
+                yield database, session

@@ -1,0 +1,216 @@
+"""A database: how to build its engine and its sessions.  The engine is built lazily, one for each event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import make_url
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+
+from ._engine import LoopEngine
+from ._shield import shield
+
+if TYPE_CHECKING:
+    from sqlalchemy import URL
+
+EngineCreator = Callable[[str], AsyncEngine]
+SessionMakerCreator = Callable[[AsyncEngine], async_sessionmaker[AsyncSession]]
+BeforeCreateSessionHandler = Callable[["DBConnect"], Awaitable[None]]
+
+
+class DBConnect:
+    """One database: how to build its engine and its sessions.
+
+    Nothing is built before it is needed.  Each event loop that uses the database has an engine of its own.
+
+    Args:
+        engine_creator: called with the host; returns the engine.
+        session_maker_creator: called with the engine; returns the session maker.
+        host: the host to connect to, if it is known already.  Otherwise call ``connect(host)``.
+        before_create_session_handler: awaited with this object before each new session.  The handler may change the
+            host.
+
+    Raises:
+        ValueError: the host is empty.
+
+    Example:
+        >>> db = DBConnect(
+        ...     engine_creator=lambda host: create_async_engine(f"postgresql+asyncpg://app@{host}/app"),
+        ...     session_maker_creator=lambda engine: async_sessionmaker(engine, expire_on_commit=False),
+        ...     host="localhost",
+        ... )
+    """
+
+    def __init__(
+        self,
+        engine_creator: EngineCreator,
+        session_maker_creator: SessionMakerCreator,
+        host: str | None = None,
+        before_create_session_handler: BeforeCreateSessionHandler | None = None,
+    ) -> None:
+        if host is not None:
+            _check_host(host)
+        self.engine_creator = engine_creator
+        self.session_maker_creator = session_maker_creator
+        self.before_create_session_handler = before_create_session_handler
+        self.host = host
+        """The current host, or None if no host has been set."""
+        self._engines: dict[asyncio.AbstractEventLoop, LoopEngine] = {}
+        self._retired: list[LoopEngine] = []
+
+    @classmethod
+    def from_url(
+        cls,
+        url: str | URL,
+        *,
+        before_create_session_handler: BeforeCreateSessionHandler | None = None,
+        **engine_options: Any,
+    ) -> DBConnect:
+        """Create a database object from a URL.  Its sessions do not expire on commit.
+
+        Args:
+            url: the URL, with an async driver.  ``change_host`` replaces the host in the URL.
+            before_create_session_handler: as for ``DBConnect``.
+            engine_options: options of ``create_async_engine``, such as ``pool_size``.
+
+        Raises:
+            sqlalchemy.exc.ArgumentError: the URL cannot be parsed.
+
+        Example:
+            >>> db = DBConnect.from_url("postgresql+asyncpg://app@localhost/app", pool_size=20)
+        """
+        first = make_url(url)
+        # A URL need not contain a host (SQLite, a Unix socket).  Then it is used unchanged until a host is set.
+        first_host = first.host or "localhost"
+
+        def create_engine(host: str) -> AsyncEngine:
+            return create_async_engine(first if host == first_host else first.set(host=host), **engine_options)
+
+        def create_session_maker(engine: AsyncEngine) -> async_sessionmaker[AsyncSession]:
+            return async_sessionmaker(engine, expire_on_commit=False)
+
+        return cls(create_engine, create_session_maker, first_host, before_create_session_handler)
+
+    async def connect(self, host: str) -> None:
+        """Set the host and build its engine.
+
+        Args:
+            host: the host.
+
+        Raises:
+            ValueError: the host is empty.
+            Exception: the exception of a creator.  This object is then unchanged.
+        """
+        _check_host(host)
+        if host != self.host or asyncio.get_running_loop() not in self._engines:
+            await self._switch(host)
+
+    async def change_host(self, host: str) -> None:
+        """Use another host from now on.  If the host is the current one, nothing happens.
+
+        Open sessions finish on the earlier host.  Its connections are closed when the last of these sessions is closed.
+
+        Args:
+            host: the host.
+
+        Raises:
+            ValueError: the host is empty.
+            Exception: the exception of a creator.  This object is then unchanged.
+        """
+        _check_host(host)
+        if host != self.host:
+            await self._switch(host)
+
+    async def create_session(self) -> AsyncSession:
+        """Create a session that belongs to no context.  The caller must close it.
+
+        Raises:
+            ValueError: no host is set.
+            Exception: the exception of the handler or of a creator.
+        """
+        if self.before_create_session_handler is not None:
+            await self.before_create_session_handler(self)
+        return new_session(self)
+
+    async def session_maker(self) -> async_sessionmaker[AsyncSession]:
+        """Return the session maker for the current host and event loop.
+
+        Raises:
+            ValueError: no host is set.
+            Exception: the exception of a creator.
+        """
+        return self._engine().session_maker
+
+    async def close(self) -> None:
+        """Close the connections.  The ``DBConnect`` can be used again after that.
+
+        Open sessions finish, and their connections are closed when they are checked in.  Connections that are still
+        checked out since before a ``change_host``, or since before an earlier ``close``, are terminated.
+        """
+        retired, self._retired = self._retired, []
+        engines, self._engines = self._engines, {}
+        await shield(self._close(retired, list(engines.values())))
+
+    async def _close(self, retired: list[LoopEngine], engines: list[LoopEngine]) -> None:
+        await self._retire(engines)
+        for engine in retired:
+            await engine.run_in_loop(engine.terminate)
+
+    def _engine(self) -> LoopEngine:
+        loop = asyncio.get_running_loop()
+        engine = self._engines.get(loop)
+        if engine is None or engine.host != self.host:
+            if not self.host:
+                raise ValueError("host is not set")
+            engine = self._build(self.host)
+            self._forget_closed_loops()
+            old, self._engines[loop] = self._engines.get(loop), engine
+            if old is not None:
+                # Another event loop changed the host while this one was not running.
+                self._retired.append(old.retire())
+        return engine
+
+    def _build(self, host: str) -> LoopEngine:
+        engine = self.engine_creator(host)
+        if not isinstance(engine, AsyncEngine):
+            raise TypeError(f"engine_creator must return an AsyncEngine, it returned {type(engine).__name__}")
+        return LoopEngine(host, engine, self.session_maker_creator(engine))
+
+    async def _switch(self, host: str) -> None:
+        engine = self._build(host)
+        old, self._engines = list(self._engines.values()), {asyncio.get_running_loop(): engine}
+        self.host = host
+        await shield(self._retire([each for each in old if each.engine is not engine.engine]))
+
+    async def _retire(self, engines: list[LoopEngine]) -> None:
+        self._retired = [each for each in self._retired if each.has_connections()]
+        self._retired += [each.retire() for each in engines]
+        for engine in engines:
+            await engine.run_in_loop(engine.engine.dispose)
+
+    def _forget_closed_loops(self) -> None:
+        # An engine keeps its loop alive, so that weak references to the loops would not help.
+        for loop in [loop for loop in list(self._engines) if loop.is_closed()]:
+            self._engines.pop(loop, None)
+
+    def __repr__(self) -> str:
+        # The database distinguishes two databases on one host.  The URL may contain the password in several parts.
+        for engine in self._engines.values():
+            return f"<DBConnect host={self.host!r}, database={engine.engine.url.database!r}, connected>"
+        return f"<DBConnect host={self.host!r}, not connected>"
+
+
+def new_session(connect: DBConnect) -> AsyncSession:
+    """Create a session without calling the ``before_create_session_handler``."""
+    maker = connect._engine().session_maker
+    if type(maker) is async_sessionmaker:
+        # This is what calling the maker does, without the copy that the maker makes of its options.
+        return maker.class_(**maker.kw)
+    return maker()
+
+
+def _check_host(host: str) -> None:
+    if not host:
+        raise ValueError("host must not be empty")

@@ -1,0 +1,68 @@
+"""Which tasks are using a session: for the errors and warnings about a session that several tasks use at once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy.exc import InvalidRequestError
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from .._errors import see
+from .._logging import logger, task_name
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from sqlalchemy.orm import Session
+
+
+def warn_in_use(session: Session) -> None:
+    """Log a warning that a session was rolled back or closed while a task was using it."""
+    logger.warning(
+        "a session was rolled back or closed while %s was using it, and the statement of that task was cancelled: "
+        "await the task first, or give it its own context with run_in_new_ctx()" + see("guides/concurrent-queries.md"),
+        tasks_using(session),
+    )
+
+
+def in_use_error(session: Session) -> InvalidRequestError:
+    """Return the error for a commit of a session on which a task is executing a statement."""
+    return InvalidRequestError(
+        f"this session cannot be committed: {tasks_using(session)} is executing a statement on it; "
+        "await that task first, or give it its own context with run_in_new_ctx()" + see("guides/concurrent-queries.md")
+    )
+
+
+def tasks_using(session: Session) -> str:
+    """Return the names of the tasks that are using the session.
+
+    Recording the tasks would cost time with each statement.  Instead, the tasks are found by the method of the session
+    that they are awaiting.
+    """
+    try:
+        current = asyncio.current_task()
+    except RuntimeError:
+        # No loop is running: a coroutine is being closed, and its cleanup must not fail because of a message.
+        return "another task"
+    names = [
+        task_name(task)
+        for task in asyncio.all_tasks()
+        if task is not current and any(_is_method_of(session, frame) for frame in _frames(task.get_coro()))
+    ]
+    return " and ".join(sorted(names)) or "another task"
+
+
+def _is_method_of(session: Session, frame: FrameType) -> bool:
+    instance = frame.f_locals.get("self")
+    return isinstance(instance, AsyncSession) and instance.sync_session is session
+
+
+def _frames(awaited: Any) -> Iterator[FrameType]:
+    """Yield the frame of a coroutine, and the frames of what it awaits."""
+    while awaited is not None:
+        frame = getattr(awaited, "cr_frame", None) or getattr(awaited, "ag_frame", None)
+        if frame is not None:
+            yield frame
+        awaited = getattr(awaited, "cr_await", None) or getattr(awaited, "ag_await", None)

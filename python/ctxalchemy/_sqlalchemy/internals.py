@@ -1,0 +1,99 @@
+"""Every name of SQLAlchemy that is not public: one function for each, and no other module uses such a name.
+
+Each function names the private attribute, the reason why the public API is not enough, and the versions with which it
+was checked.  ``tests/test_sqlalchemy_internals.py`` has a canary test for each function, which fails if a new version
+of SQLAlchemy changes what the attribute means.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from sqlalchemy.exc import InvalidRequestError
+from sqlalchemy.orm import Session
+from sqlalchemy.orm.session import _SessionCloseState
+
+# The bridge between coroutines and SQLAlchemy's synchronous core.  SQLAlchemy's own documentation imports these names
+# from here, without listing them as public.  Checked with 2.0.40 to 2.1.9.
+from sqlalchemy.util import await_only, greenlet_spawn
+from sqlalchemy.util.concurrency import in_greenlet
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
+
+__all__ = [
+    "await_only",
+    "close_permanently",
+    "greenlet_spawn",
+    "has_objects",
+    "in_greenlet",
+    "is_concurrent_use",
+    "is_permanently_closed",
+    "own_connections",
+    "statement_lock",
+]
+
+# Python 3.11 runs Python code for each access to a member of an enumeration.
+_CLOSED = _SessionCloseState.CLOSED
+
+
+def has_objects(session: Session) -> bool:
+    """Return whether closing the session would have to detach objects: ``Session._new``.
+
+    The public ``Session.new`` builds a set each time.  Checked with 2.0.40 to 2.1.9.
+    """
+    return bool(session._new) or bool(session.identity_map)
+
+
+def close_permanently(session: Session) -> None:
+    """Keep a session that is closed, or about to be closed, from beginning again: ``Session._close_state``.
+
+    Without this, a task that still has the session would begin a new transaction in it.  The public option
+    ``close_resets_only=False`` also affects each ``close()`` of the application, which expects SQLAlchemy's default:
+    the session can be used again.  Checked with 2.0.40 to 2.1.9.
+    """
+    session._close_state = _CLOSED
+
+
+def own_connections(session: Session) -> list[Connection]:
+    """Return the connections that the session has checked out of a pool: ``SessionTransaction._connections``.
+
+    A connection that was passed to the session is not among them.  The public ``SessionTransaction.connections`` exists
+    since SQLAlchemy 2.1.7 and does not distinguish the two.  Checked with 2.0.40 to 2.1.9.
+    """
+    transaction = session.get_transaction()
+    if transaction is None:
+        return []
+    # Each connection is in the dictionary twice: under itself, and under its engine.
+    found = transaction._connections.items()
+    return [connection for key, (connection, _, _, is_own) in found if is_own and key is connection]
+
+
+def statement_lock(connection: Connection) -> asyncio.Lock | None:
+    """Return the lock of SQLAlchemy's adapter that serializes statements: ``_execute_mutex``.
+
+    The adapter holds the lock from before the implicit BEGIN to the end of each statement.  There is no public way to
+    detect that a statement is being executed.  Checked with 2.0.40 to 2.1.9.
+
+    Returns:
+        None for aiosqlite before SQLAlchemy 2.1 (the thread of aiosqlite serializes statements) and for oracledb.
+    """
+    return getattr(connection.connection.dbapi_connection, "_execute_mutex", None)
+
+
+def is_concurrent_use(error: BaseException) -> bool:
+    """Return whether SQLAlchemy refuses a call because another task is using the session: the code ``isce``.
+
+    The other task is checking out a connection for the session, or is committing, rolling back or closing the session.
+    The exception has no public class of its own.  Checked with 2.0.40 to 2.1.9.
+    """
+    return isinstance(error, InvalidRequestError) and error.code == "isce"
+
+
+def is_permanently_closed(error: BaseException) -> bool:
+    """Return whether SQLAlchemy refuses a call because the session is permanently closed: the text of the message.
+
+    The exception has no public class or code of its own.  Checked with 2.0.40 to 2.1.9.
+    """
+    return isinstance(error, InvalidRequestError) and "permanently closed" in str(error)

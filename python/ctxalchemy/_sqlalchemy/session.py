@@ -1,0 +1,267 @@
+"""Commit, roll back and close one session.
+
+Each operation runs in one greenlet.  In it, a method of ``AsyncSession`` is called directly on the synchronous
+session.  A method that a subclass overrides or a test has patched is awaited.  Other objects, such as test doubles, are
+used only through their public methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from sqlalchemy import event
+from sqlalchemy.exc import DBAPIError, IllegalStateChangeError, InvalidRequestError
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+
+from .._errors import closed_context
+from .._shield import Cleanup, raise_all
+from .drivers import is_in_use, reports_in_use
+from .guard import invalidate, raise_if_aborted, wait_until_terminated
+from .in_use import in_use_error, warn_in_use
+from .internals import (
+    await_only,
+    close_permanently,
+    greenlet_spawn,
+    has_objects,
+    is_concurrent_use,
+    is_permanently_closed,
+    own_connections,
+)
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
+    from sqlalchemy.orm import SessionTransaction
+
+_METHODS = {method: getattr(AsyncSession, method) for method in ("flush", "commit", "rollback", "close")}
+_REFUSED = "ctxalchemy: connections are refused"
+
+
+async def flush_session(session: AsyncSession) -> None:
+    """Do the part of a commit that can fail before anything is committed."""
+    await greenlet_spawn(_flush, session)
+
+
+async def commit_session(session: AsyncSession) -> None:
+    """Commit the session.  If that fails, its connections are invalidated."""
+    await greenlet_spawn(_commit, session)
+
+
+async def rollback_session(session: AsyncSession) -> None:
+    """Roll back the session.  If that fails, its connections are invalidated."""
+    await greenlet_spawn(_roll_back, session)
+
+
+async def close_session(session: AsyncSession) -> None:
+    """Roll back the open transaction of the session, and close the session permanently."""
+    if not close_without_io(session):
+        await greenlet_spawn(_close, session)
+
+
+def close_without_io(session: AsyncSession) -> bool:
+    """Close the session if this needs no I/O, and return whether the session is closed.
+
+    A session without a transaction has no connection checked out.
+    """
+    if not _is_original(session, "close") or session.in_transaction():
+        return False
+    sync_session = session.sync_session
+    # Most sessions have no objects to detach: a session has only weak references to objects that were committed.
+    if type(sync_session) is not Session or has_objects(sync_session):
+        sync_session.close()
+    close_permanently(sync_session)
+    return True
+
+
+def terminate_session(session: AsyncSession) -> None:
+    """Invalidate the connections of the session when nothing can be awaited any more."""
+    if _is_async_session(session):
+        try:
+            _invalidate(session)
+        finally:
+            close_permanently(session.sync_session)
+
+
+rollbacks = Cleanup(rollback_session, terminate_session)
+closings = Cleanup(close_session, terminate_session)
+
+
+@asynccontextmanager
+async def atomic(session: AsyncSession) -> AsyncIterator[None]:
+    """Run a block in a transaction: committed at the end, rolled back if the block ends early."""
+    try:
+        if not session.in_transaction():
+            await session.begin()
+        yield
+        if session.in_transaction():
+            await commit_session(session)
+    except BaseException as error:
+        if session.in_transaction():
+            await rollbacks.run_after(error, [session])
+        raise
+
+
+@asynccontextmanager
+async def closing(session: AsyncSession) -> AsyncIterator[None]:
+    """Close the session after a block, however the block ends."""
+    try:
+        yield
+    except BaseException as error:
+        if not close_without_io(session):
+            await closings.run_after(error, [session])
+        raise
+    else:
+        await close_session(session)
+
+
+# --- inside the greenlet -----------------------------------------------------------------------------
+
+
+def _flush(session: AsyncSession) -> None:
+    _call(session, "flush")
+    _check_connections(session)
+
+
+def _commit(session: AsyncSession) -> None:
+    if _is_async_session(session):
+        # If the flush fails, the state is known: SQLAlchemy has rolled back.
+        _call(session, "flush")
+    try:
+        _check_connections(session)
+        _call(session, "commit")
+    except BaseException as error:
+        if is_concurrent_use(error) and _refuses_connections(session):
+            return  # There is nothing to commit: another task is still waiting for the first connection.
+        _invalidate(session)
+        raise
+
+
+def _roll_back(session: AsyncSession) -> None:
+    _roll_back_or_refuse(session, _rolled_back)
+
+
+def _rolled_back() -> InvalidRequestError:
+    return InvalidRequestError("another task rolled back this session while this task was waiting for a connection")
+
+
+def _roll_back_or_refuse(session: AsyncSession, error_for_waiting_task: Callable[[], Exception]) -> None:
+    _invalidate_in_use(session)
+    try:
+        _call(session, "rollback")
+    except BaseException as error:
+        if is_concurrent_use(error):
+            _refuse_connections(session, error_for_waiting_task)
+        elif is_permanently_closed(error):
+            pass  # A listener of the application tried to begin in the session again.  The session is being closed.
+        elif isinstance(error, DBAPIError) and reports_in_use(error):
+            warn_in_use(session.sync_session)
+        else:
+            if session.in_transaction():
+                _invalidate(session)
+            raise
+
+
+def _close(session: AsyncSession) -> None:
+    if _is_async_session(session):
+        # This comes first: as soon as the rollback is awaited, SQLAlchemy lets another task begin in the session.
+        close_permanently(session.sync_session)
+    try:
+        if session.in_transaction():
+            _roll_back_or_refuse(session, closed_context)
+    finally:
+        try:
+            _call(session, "close")
+        except IllegalStateChangeError:
+            _refuse_connections(session, closed_context)
+
+
+def _invalidate_in_use(session: AsyncSession) -> None:
+    """Invalidate the connections on which another task is executing a statement, which cancels the statement.
+
+    asyncpg could not roll back such a connection, and the next task to check out the connection would find the
+    statement still being executed.
+    """
+    for connection in _own_connections(session):
+        if not connection.invalidated:
+            wait_until_terminated(connection)
+        if not connection.closed and not connection.invalidated and is_in_use(connection):
+            warn_in_use(session.sync_session)
+            invalidate(connection)
+
+
+def _invalidate(session: AsyncSession) -> None:
+    """Invalidate the connections of the session: their state is unknown, and they must not go back to the pool."""
+    if not _is_async_session(session):
+        return
+    failures: list[BaseException] = []
+    for connection in _own_connections(session):
+        try:
+            if not connection.closed and not connection.invalidated:
+                wait_until_terminated(connection)
+            invalidate(connection)
+        except BaseException as error:
+            failures.append(error)
+    try:
+        session.sync_session.invalidate()
+    except IllegalStateChangeError:
+        _refuse_connections(session, _rolled_back)
+    if failures:
+        raise_all(failures, "several connections could not be invalidated")
+
+
+def _check_connections(session: AsyncSession) -> None:
+    """Raise if the commit would be a success to the driver, and not to the database."""
+    for connection in _own_connections(session):
+        if connection.invalidated:
+            continue  # The commit raises.
+        if is_in_use(connection):
+            raise in_use_error(session.sync_session)
+        raise_if_aborted(connection)
+
+
+def _refuse_connections(session: AsyncSession, error_for_waiting_task: Callable[[], Exception]) -> None:
+    """Refuse the connection that another task is checking out for the session: the connection is invalidated."""
+    sync_session = session.sync_session
+    if not _refuses_connections(session):
+        warn_in_use(sync_session)
+    if _REFUSED not in sync_session.info:
+        event.listen(sync_session, "after_begin", _refuse_connection)
+    sync_session.info[_REFUSED] = error_for_waiting_task
+
+
+def _refuses_connections(session: AsyncSession) -> bool:
+    return session.sync_session.info.get(_REFUSED) is not None
+
+
+def _refuse_connection(session: Session, _transaction: SessionTransaction, connection: Connection) -> None:
+    error_for_waiting_task = session.info[_REFUSED]
+    if error_for_waiting_task is None:
+        return
+    if error_for_waiting_task is not closed_context:
+        session.info[_REFUSED] = None
+    connection.invalidate()
+    raise error_for_waiting_task()
+
+
+def _call(session: AsyncSession, method: str) -> None:
+    if _is_original(session, method):
+        getattr(session.sync_session, method)()
+    else:
+        await_only(getattr(session, method)())
+
+
+def _own_connections(session: AsyncSession) -> list[Connection]:
+    return own_connections(session.sync_session) if _is_async_session(session) else []
+
+
+def _is_async_session(session: AsyncSession) -> bool:
+    """Return whether this is an ``AsyncSession``.  The ``__class__`` of a mock does not count."""
+    return issubclass(type(session), AsyncSession)
+
+
+def _is_original(session: AsyncSession, method: str) -> bool:
+    """Return whether the method is that of ``AsyncSession``: neither overridden in a subclass nor patched."""
+    # Only an AsyncSession has its methods, and the class of a mock has none of them.
+    return getattr(type(session), method, None) is _METHODS[method] and method not in session.__dict__
