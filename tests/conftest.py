@@ -9,8 +9,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from support.database import Database, needs_asyncpg, watched
 from support.interpreter import HAS_REFERENCE_COUNTS
+from support.schema import Schema, needs_asyncpg, watched
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -87,31 +87,31 @@ def postgres_url() -> str:
 
 
 @pytest.fixture
-async def database(postgres_url: str) -> AsyncIterator[Database]:
+async def schema(postgres_url: str) -> AsyncIterator[Schema]:
     """A schema of its own on the server, with a table of notes; watched from a connection of its own."""
-    async with Database.create(postgres_url) as database:
-        yield database
+    async with Schema.create(postgres_url) as schema:
+        yield schema
 
 
 @pytest.fixture
-async def connection(ctxalchemy: ModuleType, database: Database) -> AsyncIterator[Any]:
+async def db(ctxalchemy: ModuleType, schema: Schema) -> AsyncIterator[Any]:
     """A ``DBConnect`` to the database with a pool of one, which nobody may have left anything checked out of."""
-    async with watched(database.connection(ctxalchemy)) as connection:
-        yield connection
+    async with watched(schema.db(ctxalchemy)) as db:
+        yield db
 
 
 @pytest.fixture
-async def other(ctxalchemy: ModuleType, database: Database) -> AsyncIterator[Any]:
+async def other_db(ctxalchemy: ModuleType, schema: Schema) -> AsyncIterator[Any]:
     """A second connection, like the first, as if to another database."""
-    async with watched(database.connection(ctxalchemy)) as connection:
-        yield connection
+    async with watched(schema.db(ctxalchemy)) as db:
+        yield db
 
 
 @pytest.fixture
-async def third(ctxalchemy: ModuleType, database: Database) -> AsyncIterator[Any]:
+async def third_db(ctxalchemy: ModuleType, schema: Schema) -> AsyncIterator[Any]:
     """A third one."""
-    async with watched(database.connection(ctxalchemy)) as connection:
-        yield connection
+    async with watched(schema.db(ctxalchemy)) as db:
+        yield db
 
 
 @pytest.fixture(autouse=True)

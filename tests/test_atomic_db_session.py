@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy.exc import DBAPIError, InvalidRequestError
-from support.database import Database, add_note, add_note_and_fail, break_commit, checked_out
+from support.schema import Schema, add_note, add_note_and_fail, break_commit, checked_out
 from support.waiting import Gate
 
 if TYPE_CHECKING:
@@ -18,39 +18,37 @@ class Early(Exception):  # noqa: N818
     """What ends a block early."""
 
 
-async def test_the_block_is_committed_at_its_end(ctxalchemy: ModuleType, database: Database, connection: Any) -> None:
+async def test_the_block_is_committed_at_its_end(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
     async with ctxalchemy.new_ctx():
-        async with ctxalchemy.atomic_db_session(connection) as session:
-            assert session is await ctxalchemy.db_session(connection)
+        async with ctxalchemy.atomic_db_session(db) as session:
+            assert session is await ctxalchemy.db_session(db)
             assert session.in_transaction()
             await add_note(session, "inside")
-            assert await database.notes() == []
-        assert await database.notes() == ["inside"]
+            assert await schema.notes() == []
+        assert await schema.notes() == ["inside"]
         assert not session.in_transaction()
-        assert await checked_out(connection) == 0
+        assert await checked_out(db) == 0
 
 
-async def test_an_error_rolls_the_block_back_and_comes_through(
-    ctxalchemy: ModuleType, database: Database, connection: Any
-) -> None:
+async def test_an_error_rolls_the_block_back_and_comes_through(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
     async with ctxalchemy.new_ctx():
-        session = await ctxalchemy.db_session(connection)
+        session = await ctxalchemy.db_session(db)
         with pytest.raises(Early):
-            async with ctxalchemy.atomic_db_session(connection):
+            async with ctxalchemy.atomic_db_session(db):
                 await add_note_and_fail(session, "inside", Early())
         assert not session.in_transaction()
-        assert await checked_out(connection) == 0
-        async with ctxalchemy.atomic_db_session(connection) as again:
+        assert await checked_out(db) == 0
+        async with ctxalchemy.atomic_db_session(db) as again:
             assert again is session
             await add_note(again, "next")
-    assert await database.notes() == ["next"]
+    assert await schema.notes() == ["next"]
 
 
-async def test_a_cancellation_rolls_the_block_back(ctxalchemy: ModuleType, database: Database, connection: Any) -> None:
+async def test_a_cancellation_rolls_the_block_back(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
     gate = Gate()
 
     async def work() -> None:
-        async with ctxalchemy.atomic_db_session(connection) as session:
+        async with ctxalchemy.atomic_db_session(db) as session:
             await add_note(session, "inside")
             await gate()
 
@@ -60,22 +58,22 @@ async def test_a_cancellation_rolls_the_block_back(ctxalchemy: ModuleType, datab
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert await checked_out(connection) == 0
-    assert await database.notes() == []
-    assert await database.settled()
+        assert await checked_out(db) == 0
+    assert await schema.notes() == []
+    assert await schema.settled()
 
 
 async def test_a_failed_commit_rolls_the_block_back_and_comes_through(
-    ctxalchemy: ModuleType, database: Database, connection: Any
+    ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     async with ctxalchemy.new_ctx():
         with pytest.raises(DBAPIError):
-            async with ctxalchemy.atomic_db_session(connection) as session:
+            async with ctxalchemy.atomic_db_session(db) as session:
                 await break_commit(session)
-        assert await checked_out(connection) == 0
-        async with ctxalchemy.atomic_db_session(connection) as session:
+        assert await checked_out(db) == 0
+        async with ctxalchemy.atomic_db_session(db) as session:
             await add_note(session, "next")
-    assert await database.notes() == ["next"]
+    assert await schema.notes() == ["next"]
 
 
 @pytest.mark.parametrize(
@@ -89,8 +87,8 @@ async def test_a_failed_commit_rolls_the_block_back_and_comes_through(
 @pytest.mark.parametrize("fails", [False, True])
 async def test_an_open_transaction_is_treated_as_it_is_asked_for(
     ctxalchemy: ModuleType,
-    database: Database,
-    connection: Any,
+    schema: Schema,
+    db: Any,
     mode: str,
     while_inside: list[str],
     committed: list[str],
@@ -98,68 +96,66 @@ async def test_an_open_transaction_is_treated_as_it_is_asked_for(
     fails: bool,
 ) -> None:
     async def work() -> None:
-        async with ctxalchemy.atomic_db_session(connection, mode) as session:
-            assert await database.notes() == while_inside
+        async with ctxalchemy.atomic_db_session(db, mode) as session:
+            assert await schema.notes() == while_inside
             await add_note(session, "inside")
             if fails:
                 raise Early
 
     async with ctxalchemy.new_ctx():
-        await add_note(await ctxalchemy.db_session(connection), "before")
+        await add_note(await ctxalchemy.db_session(db), "before")
         if fails:
             with pytest.raises(Early):
                 await work()
         else:
             await work()
-        assert await database.notes() == (rolled_back if fails else committed)
-        assert await checked_out(connection) == 0
+        assert await schema.notes() == (rolled_back if fails else committed)
+        assert await checked_out(db) == 0
 
 
-async def test_commit_is_what_happens_by_default(ctxalchemy: ModuleType, database: Database, connection: Any) -> None:
+async def test_commit_is_what_happens_by_default(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
     async with ctxalchemy.new_ctx():
-        await add_note(await ctxalchemy.db_session(connection), "before")
-        async with ctxalchemy.atomic_db_session(connection):
-            assert await database.notes() == ["before"]
+        await add_note(await ctxalchemy.db_session(db), "before")
+        async with ctxalchemy.atomic_db_session(db):
+            assert await schema.notes() == ["before"]
 
 
 async def test_an_open_transaction_can_be_refused_and_is_left_alone_then(
-    ctxalchemy: ModuleType, database: Database, connection: Any
+    ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     async with ctxalchemy.new_ctx():
-        session = await ctxalchemy.db_session(connection)
-        async with ctxalchemy.atomic_db_session(connection, "raise"):
+        session = await ctxalchemy.db_session(db)
+        async with ctxalchemy.atomic_db_session(db, "raise"):
             await add_note(session, "first")
         await add_note(session, "second")
         with pytest.raises(InvalidRequestError, match="already open"):
-            async with ctxalchemy.atomic_db_session(connection, current_transaction="raise"):
+            async with ctxalchemy.atomic_db_session(db, current_transaction="raise"):
                 pytest.fail("the block must not be entered")
         assert session.in_transaction()
-        assert await database.notes() == ["first"]
-    assert await database.notes() == ["first", "second"]
+        assert await schema.notes() == ["first"]
+    assert await schema.notes() == ["first", "second"]
 
 
-async def test_an_unknown_mode_is_refused(ctxalchemy: ModuleType, database: Database, connection: Any) -> None:
+async def test_an_unknown_mode_is_refused(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
     async with ctxalchemy.new_ctx():
-        await add_note(await ctxalchemy.db_session(connection), "before")
+        await add_note(await ctxalchemy.db_session(db), "before")
         with pytest.raises(ValueError, match="commit, rollback, append, raise, not 'comit'"):
-            async with ctxalchemy.atomic_db_session(connection, "comit"):
+            async with ctxalchemy.atomic_db_session(db, "comit"):
                 pytest.fail("the block must not be entered")
-        assert await database.notes() == []
+        assert await schema.notes() == []
 
 
-async def test_the_block_may_settle_its_transaction_itself(
-    ctxalchemy: ModuleType, database: Database, connection: Any
-) -> None:
+async def test_the_block_may_settle_its_transaction_itself(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
     async with ctxalchemy.new_ctx():
-        async with ctxalchemy.atomic_db_session(connection) as session:
+        async with ctxalchemy.atomic_db_session(db) as session:
             await add_note(session, "first")
             await session.commit()
             await add_note(session, "second")
             await session.rollback()
-        assert await database.notes() == ["first"]
+        assert await schema.notes() == ["first"]
 
 
-async def test_a_context_is_needed(ctxalchemy: ModuleType, connection: Any) -> None:
+async def test_a_context_is_needed(ctxalchemy: ModuleType, db: Any) -> None:
     with pytest.raises(ctxalchemy.ContextNotInitiatedError):
-        async with ctxalchemy.atomic_db_session(connection):
+        async with ctxalchemy.atomic_db_session(db):
             pytest.fail("the block must not be entered")

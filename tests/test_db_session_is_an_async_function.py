@@ -14,7 +14,7 @@ import pytest
 from fastapi import Depends, FastAPI
 from sqlalchemy.ext.asyncio import AsyncSession
 from support.apps import client_of
-from support.database import Database, add_note
+from support.schema import Schema, add_note
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -34,10 +34,10 @@ def test_it_can_be_pickled_and_copied_by_its_name(ctxalchemy: ModuleType) -> Non
     assert copy.deepcopy(ctxalchemy.db_session) is ctxalchemy.db_session
 
 
-async def test_what_it_returns_is_a_coroutine(ctxalchemy: ModuleType, connection: Any) -> None:
+async def test_what_it_returns_is_a_coroutine(ctxalchemy: ModuleType, db: Any) -> None:
     async with ctxalchemy.new_ctx():
         for _ in ("first use", "later use"):
-            coroutine = ctxalchemy.db_session(connection)
+            coroutine = ctxalchemy.db_session(db)
             assert isinstance(coroutine, Coroutine)
             assert isinstance(coroutine, Awaitable)
             assert inspect.isawaitable(coroutine)
@@ -46,54 +46,54 @@ async def test_what_it_returns_is_a_coroutine(ctxalchemy: ModuleType, connection
 
 
 @pytest.mark.parametrize("first_use", [True, False])
-async def test_asyncio_takes_it(ctxalchemy: ModuleType, connection: Any, first_use: bool) -> None:
+async def test_asyncio_takes_it(ctxalchemy: ModuleType, db: Any, first_use: bool) -> None:
     async with ctxalchemy.new_ctx():
         if not first_use:
-            await ctxalchemy.db_session(connection)
+            await ctxalchemy.db_session(db)
         found = [
-            await asyncio.create_task(ctxalchemy.db_session(connection)),
-            await asyncio.ensure_future(ctxalchemy.db_session(connection)),
-            await asyncio.wait_for(ctxalchemy.db_session(connection), 1),
-            await asyncio.shield(ctxalchemy.db_session(connection)),
-            *await asyncio.gather(ctxalchemy.db_session(connection), ctxalchemy.db_session(connection)),
+            await asyncio.create_task(ctxalchemy.db_session(db)),
+            await asyncio.ensure_future(ctxalchemy.db_session(db)),
+            await asyncio.wait_for(ctxalchemy.db_session(db), 1),
+            await asyncio.shield(ctxalchemy.db_session(db)),
+            *await asyncio.gather(ctxalchemy.db_session(db), ctxalchemy.db_session(db)),
         ]
         async with asyncio.TaskGroup() as group:
-            task = group.create_task(ctxalchemy.db_session(connection))
-        assert {*found, task.result()} == {await ctxalchemy.db_session(connection)}
+            task = group.create_task(ctxalchemy.db_session(db))
+        assert {*found, task.result()} == {await ctxalchemy.db_session(db)}
 
 
 @pytest.mark.parametrize("first_use", [True, False])
-async def test_it_is_awaited_once(ctxalchemy: ModuleType, connection: Any, first_use: bool) -> None:
+async def test_it_is_awaited_once(ctxalchemy: ModuleType, db: Any, first_use: bool) -> None:
     async with ctxalchemy.new_ctx():
         if not first_use:
-            await ctxalchemy.db_session(connection)
-        coroutine = ctxalchemy.db_session(connection)
+            await ctxalchemy.db_session(db)
+        coroutine = ctxalchemy.db_session(db)
         await coroutine
         with pytest.raises(RuntimeError, match="cannot reuse already awaited coroutine"):
             await coroutine
 
 
-async def test_it_can_be_closed_without_having_been_awaited(ctxalchemy: ModuleType, connection: Any) -> None:
+async def test_it_can_be_closed_without_having_been_awaited(ctxalchemy: ModuleType, db: Any) -> None:
     async with ctxalchemy.new_ctx():
-        coroutine = ctxalchemy.db_session(connection)
+        coroutine = ctxalchemy.db_session(db)
         coroutine.close()
-        assert ctxalchemy.get_db_session_from_context(connection) is None
+        assert ctxalchemy.get_db_session_from_context(db) is None
         with pytest.raises(RuntimeError, match="cannot reuse already awaited coroutine"):
             await coroutine
 
 
-async def test_an_error_thrown_in_comes_out(ctxalchemy: ModuleType, connection: Any) -> None:
+async def test_an_error_thrown_in_comes_out(ctxalchemy: ModuleType, db: Any) -> None:
     async with ctxalchemy.new_ctx():
-        coroutine = ctxalchemy.db_session(connection)
+        coroutine = ctxalchemy.db_session(db)
         with pytest.raises(LookupError, match="thrown in"):
             coroutine.throw(LookupError("thrown in"))
-        assert ctxalchemy.get_db_session_from_context(connection) is None
+        assert ctxalchemy.get_db_session_from_context(db) is None
 
 
-async def test_each_error_is_a_new_one(ctxalchemy: ModuleType, connection: Any) -> None:
+async def test_each_error_is_a_new_one(ctxalchemy: ModuleType, db: Any) -> None:
     async def error() -> Any:
         with pytest.raises(ctxalchemy.ContextNotInitiatedError) as caught:
-            await ctxalchemy.db_session(connection)
+            await ctxalchemy.db_session(db)
         return caught.value
 
     first, second = await error(), await error()
@@ -101,14 +101,14 @@ async def test_each_error_is_a_new_one(ctxalchemy: ModuleType, connection: Any) 
     assert (first.__context__, first.__cause__) == (None, None)
 
 
-async def test_fastapi_depends_on_it(ctxalchemy: ModuleType, database: Database, connection: Any) -> None:
+async def test_fastapi_depends_on_it(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
     app = FastAPI()
     ctxalchemy.fastapi.add_fastapi_http_db_session_middleware(app)
 
     @app.post("/notes/{name}")
-    async def create(name: str, session: Any = Depends(partial(ctxalchemy.db_session, connection))) -> dict[str, str]:  # noqa: B008
+    async def create(name: str, session: Any = Depends(partial(ctxalchemy.db_session, db))) -> dict[str, str]:  # noqa: B008
         assert isinstance(session, AsyncSession)
-        assert session is await ctxalchemy.db_session(connection)
+        assert session is await ctxalchemy.db_session(db)
         await add_note(session, name)
         return {"name": name}
 
@@ -116,4 +116,4 @@ async def test_fastapi_depends_on_it(ctxalchemy: ModuleType, database: Database,
         response = await client.post("/notes/ada")
         assert (response.status_code, response.json()) == (200, {"name": "ada"})
         assert sorted((await client.get("/openapi.json")).json()["paths"]) == ["/notes/{name}"]
-    assert await database.notes() == ["ada"]
+    assert await schema.notes() == ["ada"]

@@ -19,7 +19,7 @@ from support.apps import (
     fastapi_app,
     starlette_app,
 )
-from support.database import Database, add_note, break_commit, checked_out, count_notes
+from support.schema import Schema, add_note, break_commit, checked_out, count_notes
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -51,32 +51,32 @@ each_framework = pytest.mark.parametrize("framework", ["starlette", "fastapi"])
 @each_framework
 @each_transport
 async def test_the_status_decides(
-    ctxalchemy: ModuleType, database: Database, connection: Any, framework: str, transport: Transport
+    ctxalchemy: ModuleType, schema: Schema, db: Any, framework: str, transport: Transport
 ) -> None:
     async def endpoint() -> Answer:
-        await add_note(await ctxalchemy.db_session(connection), str(status))
+        await add_note(await ctxalchemy.db_session(db), str(status))
         return Answer(status)
 
     async with client_of(build(framework, ctxalchemy, endpoint), transport) as client:
         for status in (200, 303, 404, 500):
             response = await client.get("/")
             assert (response.status_code, response.text) == (status, "done")
-            assert await checked_out(connection) == 0
-    assert await database.notes() == ["200", "303"]
+            assert await checked_out(db) == 0
+    assert await schema.notes() == ["200", "303"]
 
 
 @each_framework
 async def test_it_commits_before_the_response_is_passed_on(
-    ctxalchemy: ModuleType, database: Database, connection: Any, framework: str
+    ctxalchemy: ModuleType, schema: Schema, db: Any, framework: str
 ) -> None:
     seen = []
 
     async def endpoint() -> Answer:
-        await add_note(await ctxalchemy.db_session(connection), "written")
+        await add_note(await ctxalchemy.db_session(db), "written")
         return Answer()
 
     async def look(message: Message) -> None:
-        seen.append((message["type"], await database.notes(), await checked_out(connection)))
+        seen.append((message["type"], await schema.notes(), await checked_out(db)))
 
     await call(build(framework, ctxalchemy, endpoint), look)
     assert seen[0] == ("http.response.start", ["written"], 0)
@@ -84,12 +84,12 @@ async def test_it_commits_before_the_response_is_passed_on(
 
 @each_framework
 async def test_a_failed_commit_is_never_answered_as_success(
-    ctxalchemy: ModuleType, database: Database, connection: Any, framework: str
+    ctxalchemy: ModuleType, schema: Schema, db: Any, framework: str
 ) -> None:
     statuses = []
 
     async def endpoint() -> Answer:
-        session = await ctxalchemy.db_session(connection)
+        session = await ctxalchemy.db_session(db)
         await add_note(session, "undone")
         await break_commit(session)
         return Answer()
@@ -101,87 +101,87 @@ async def test_a_failed_commit_is_never_answered_as_success(
         await call(build(framework, ctxalchemy, endpoint), look)
     assert statuses[0] == 500
     assert 200 not in statuses
-    assert await checked_out(connection) == 0
-    assert await database.notes() == []
+    assert await checked_out(db) == 0
+    assert await schema.notes() == []
 
 
 @each_framework
 async def test_an_unhandled_error_rolls_back_and_comes_through(
-    ctxalchemy: ModuleType, database: Database, connection: Any, framework: str
+    ctxalchemy: ModuleType, schema: Schema, db: Any, framework: str
 ) -> None:
     async def endpoint() -> Answer:
-        await add_note(await ctxalchemy.db_session(connection), "undone")
+        await add_note(await ctxalchemy.db_session(db), "undone")
         raise LookupError("the endpoint")
 
     with pytest.raises(LookupError, match="the endpoint"):
         await call(build(framework, ctxalchemy, endpoint))
-    assert await checked_out(connection) == 0
-    assert await database.notes() == []
+    assert await checked_out(db) == 0
+    assert await schema.notes() == []
 
 
 @each_framework
 async def test_the_hook_is_awaited_before_the_commit(
-    ctxalchemy: ModuleType, database: Database, connection: Any, framework: str
+    ctxalchemy: ModuleType, schema: Schema, db: Any, framework: str
 ) -> None:
     async def before_commit(session: Any) -> None:
         await add_note(session, "from the hook")
 
     async def endpoint() -> Answer:
-        await add_note(await ctxalchemy.db_session(connection), "endpoint")
+        await add_note(await ctxalchemy.db_session(db), "endpoint")
         return Answer()
 
     await call(build(framework, ctxalchemy, endpoint, before_commit))
-    assert await database.notes() == ["endpoint", "from the hook"]
+    assert await schema.notes() == ["endpoint", "from the hook"]
 
 
 @each_framework
 async def test_background_tasks_need_a_context_of_their_own(
-    ctxalchemy: ModuleType, database: Database, connection: Any, framework: str
+    ctxalchemy: ModuleType, schema: Schema, db: Any, framework: str
 ) -> None:
     errors: list[Exception] = []
 
     async def background() -> None:
         try:
-            await ctxalchemy.db_session(connection)
+            await ctxalchemy.db_session(db)
         except ctxalchemy.ContextClosedError as error:
             errors.append(error)
         async with ctxalchemy.new_ctx():
-            await add_note(await ctxalchemy.db_session(connection), "background")
+            await add_note(await ctxalchemy.db_session(db), "background")
 
     async def endpoint() -> Answer:
         return Answer(background=background)
 
     await call(build(framework, ctxalchemy, endpoint))
     assert len(errors) == 1
-    assert await database.notes() == ["background"]
+    assert await schema.notes() == ["background"]
 
 
 @each_framework
 async def test_a_context_that_a_test_opened_is_respected(
-    ctxalchemy: ModuleType, database: Database, connection: Any, framework: str
+    ctxalchemy: ModuleType, schema: Schema, db: Any, framework: str
 ) -> None:
     async def endpoint() -> Answer:
-        await add_note(await ctxalchemy.db_session(connection), "uncommitted")
+        await add_note(await ctxalchemy.db_session(db), "uncommitted")
         return Answer()
 
-    async with ctxalchemy.testing.set_test_context(), ctxalchemy.testing.rollback_session(connection) as session:
-        ctxalchemy.put_db_session_to_context(connection, session)
+    async with ctxalchemy.testing.set_test_context(), ctxalchemy.testing.rollback_session(db) as session:
+        ctxalchemy.put_db_session_to_context(db, session)
         await call(build(framework, ctxalchemy, endpoint))
         assert await count_notes(session) == 1
-        assert await database.notes() == []
-    assert await database.notes() == []
+        assert await schema.notes() == []
+    assert await schema.notes() == []
 
 
 @each_framework
 async def test_together_with_the_class_it_is_one_context(
-    ctxalchemy: ModuleType, database: Database, connection: Any, framework: str
+    ctxalchemy: ModuleType, schema: Schema, db: Any, framework: str
 ) -> None:
     async def endpoint() -> Answer:
-        await add_note(await ctxalchemy.db_session(connection), "endpoint")
+        await add_note(await ctxalchemy.db_session(db), "endpoint")
         return Answer(background=background)
 
     async def background() -> None:
-        await add_note(await ctxalchemy.db_session(connection), "background")
+        await add_note(await ctxalchemy.db_session(db), "background")
 
     await call(ctxalchemy.ASGIHTTPDBSessionMiddleware(build(framework, ctxalchemy, endpoint)))
-    assert await database.notes() == ["background", "endpoint"]
+    assert await schema.notes() == ["background", "endpoint"]

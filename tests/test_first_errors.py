@@ -7,32 +7,32 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from support.apps import call
-from support.database import add_note
+from support.schema import add_note
 from support.sessions import SessionDouble
 
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from support.database import Database
+    from support.schema import Schema
 
 
-async def test_a_test_context_raises_the_first_error(ctxalchemy: ModuleType, connection: Any) -> None:
+async def test_a_test_context_raises_the_first_error(ctxalchemy: ModuleType, db: Any) -> None:
     session = SessionDouble([], close=LookupError("the close"))
     with pytest.raises(ValueError, match="the block") as caught:  # noqa: PT012
         async with ctxalchemy.testing.set_test_context(auto_close=True):
-            ctxalchemy.put_db_session_to_context(connection, session)
+            ctxalchemy.put_db_session_to_context(db, session)
             raise ValueError("the block")
     assert any("the close" in note for note in caught.value.__notes__)
 
 
 async def test_a_timeout_that_the_application_dealt_with_does_not_cancel_it_later(
-    ctxalchemy: ModuleType, database: Database, connection: Any
+    ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     async def slow(_session: Any) -> None:
         await asyncio.sleep(60)
 
     async def app(_scope: Any, _receive: Any, send: Any) -> None:
-        await add_note(await ctxalchemy.db_session(connection), "lost")
+        await add_note(await ctxalchemy.db_session(db), "lost")
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.05):
                 await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -42,15 +42,15 @@ async def test_a_timeout_that_the_application_dealt_with_does_not_cancel_it_late
         await task
     assert isinstance(caught.value.__cause__, asyncio.CancelledError)
     assert not task.cancelled()
-    assert await database.notes() == []
+    assert await schema.notes() == []
 
 
-async def test_a_commit_if_that_raises_lets_nothing_out(ctxalchemy: ModuleType, connection: Any) -> None:
+async def test_a_commit_if_that_raises_lets_nothing_out(ctxalchemy: ModuleType, db: Any) -> None:
     def broken(_status: int) -> bool:
         raise LookupError("commit_if")
 
     async def app(_scope: Any, _receive: Any, send: Any) -> None:
-        await (await ctxalchemy.db_session(connection)).connection()
+        await (await ctxalchemy.db_session(db)).connection()
         for message in (
             {"type": "http.response.start", "status": 200, "headers": []},
             {"type": "http.response.body", "body": b""},

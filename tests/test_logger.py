@@ -13,8 +13,8 @@ from weakref import ref
 import pytest
 from sqlalchemy import text
 from support.apps import Answer, bare_app, call
-from support.database import Database, add_note
 from support.faults import sleeping
+from support.schema import Schema, add_note
 from support.waiting import eventually
 
 if TYPE_CHECKING:
@@ -46,56 +46,56 @@ def told(caplog: pytest.LogCaptureFixture) -> Any:
     [(200, ["committed <DBConnect"]), (404, ["rolling back"])],
 )
 async def test_a_request_is_told_of(
-    ctxalchemy: ModuleType, database: Database, connection: Any, told: Any, status: int, events: list[str]
+    ctxalchemy: ModuleType, schema: Schema, db: Any, told: Any, status: int, events: list[str]
 ) -> None:
     async def endpoint() -> Answer:
-        await ctxalchemy.db_session(connection)
-        await add_note(await ctxalchemy.db_session(connection), "note")
+        await ctxalchemy.db_session(db)
+        await add_note(await ctxalchemy.db_session(db), "note")
         return Answer(status)
 
     await call(ctxalchemy.ASGIHTTPDBSessionMiddleware(bare_app(endpoint)))
     assert told() == life(*events)
-    assert await database.notes() == (["note"] if status == 200 else [])
+    assert await schema.notes() == (["note"] if status == 200 else [])
 
 
-async def test_a_block_is_told_of(ctxalchemy: ModuleType, database: Database, connection: Any, told: Any) -> None:
+async def test_a_block_is_told_of(ctxalchemy: ModuleType, schema: Schema, db: Any, told: Any) -> None:
     async with ctxalchemy.new_ctx():
-        await add_note(ctxalchemy.db_session_nowait(connection), "note")
+        await add_note(ctxalchemy.db_session_nowait(db), "note")
     assert told() == life("committed <DBConnect")
-    assert await database.notes() == ["note"]
+    assert await schema.notes() == ["note"]
 
 
-async def test_what_ended_a_block_is_told(ctxalchemy: ModuleType, connection: Any, told: Any) -> None:
+async def test_what_ended_a_block_is_told(ctxalchemy: ModuleType, db: Any, told: Any) -> None:
     with suppress(LookupError):
         async with ctxalchemy.new_ctx():
-            await add_note(await ctxalchemy.db_session(connection), "note")
+            await add_note(await ctxalchemy.db_session(db), "note")
             raise LookupError
     assert told() == life("rolling back because of LookupError")
 
 
-async def test_a_context_that_was_opened_by_hand_is_told_of(ctxalchemy: ModuleType, connection: Any, told: Any) -> None:
+async def test_a_context_that_was_opened_by_hand_is_told_of(ctxalchemy: ModuleType, db: Any, told: Any) -> None:
     token = ctxalchemy.init_db_session_ctx()
-    await ctxalchemy.db_session(connection)
+    await ctxalchemy.db_session(db)
     await ctxalchemy.reset_db_session_ctx(token)
     assert told() == life()
 
 
 async def test_a_request_that_closed_its_session_itself_is_told_to_its_end(
-    ctxalchemy: ModuleType, connection: Any, told: Any
+    ctxalchemy: ModuleType, db: Any, told: Any
 ) -> None:
     async def endpoint() -> Answer:
-        await ctxalchemy.db_session(connection)
-        await ctxalchemy.close_db_session(connection)
+        await ctxalchemy.db_session(db)
+        await ctxalchemy.close_db_session(db)
         return Answer()
 
     await call(ctxalchemy.ASGIHTTPDBSessionMiddleware(bare_app(endpoint)))
     assert told() == life()
 
 
-async def test_a_context_that_was_never_closed_is_not_kept(ctxalchemy: ModuleType, connection: Any, told: Any) -> None:
+async def test_a_context_that_was_never_closed_is_not_kept(ctxalchemy: ModuleType, db: Any, told: Any) -> None:
     async def forget() -> ref[Any]:
         ctxalchemy.init_db_session_ctx()
-        return ref(await ctxalchemy.db_session(connection))
+        return ref(await ctxalchemy.db_session(db))
 
     async def is_gone() -> bool:
         gc.collect()
@@ -114,21 +114,19 @@ async def test_what_has_no_session_is_not_told_of(ctxalchemy: ModuleType, told: 
     assert told() == []
 
 
-async def test_nothing_is_told_above_debug(
-    ctxalchemy: ModuleType, connection: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_nothing_is_told_above_debug(ctxalchemy: ModuleType, db: Any, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="ctxalchemy")
     async with ctxalchemy.new_ctx():
-        await add_note(await ctxalchemy.db_session(connection), "note")
+        await add_note(await ctxalchemy.db_session(db), "note")
     assert caplog.records == []
 
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["statement", "stream"])
 async def test_a_warning_names_the_task_that_uses_the_session(
-    ctxalchemy: ModuleType, database: Database, connection: Any, caplog: pytest.LogCaptureFixture, streamed: bool
+    ctxalchemy: ModuleType, schema: Schema, db: Any, caplog: pytest.LogCaptureFixture, streamed: bool
 ) -> None:
     async def write_report() -> None:
-        session = await ctxalchemy.db_session(connection)
+        session = await ctxalchemy.db_session(db)
         if streamed:
             async for _ in await session.stream(text("SELECT pg_sleep(1) FROM generate_series(1, 9)")):
                 pass
@@ -136,17 +134,17 @@ async def test_a_warning_names_the_task_that_uses_the_session(
             await session.execute(text("SELECT pg_sleep(9)"))
 
     async def bystander() -> None:
-        session = await ctxalchemy.db_session(connection)
+        session = await ctxalchemy.db_session(db)
         await asyncio.sleep(9)
         await session.rollback()
 
     tasks: list[asyncio.Task[None]] = []
     with suppress(LookupError):
         async with ctxalchemy.new_ctx():
-            await add_note(await ctxalchemy.db_session(connection), "note")
+            await add_note(await ctxalchemy.db_session(db), "note")
             tasks.append(asyncio.create_task(write_report(), name="report"))
             tasks.append(asyncio.create_task(bystander(), name="idle"))
-            assert await eventually(lambda: sleeping(database))
+            assert await eventually(lambda: sleeping(schema))
             raise LookupError
     tasks[-1].cancel()
     results = await asyncio.gather(*tasks, return_exceptions=True)
@@ -154,7 +152,7 @@ async def test_a_warning_names_the_task_that_uses_the_session(
     (warning,) = [record for record in caplog.records if record.name == "ctxalchemy"]
     assert warning.levelno == logging.WARNING
     # Over asyncpg, a stream does not tell who reads it.
-    unnamed = streamed and "+asyncpg" in database.url
+    unnamed = streamed and "+asyncpg" in schema.url
     who = "another task" if unnamed else "the task 'report' (test_a_warning_names_the_task"
     assert f"rolled back or closed while {who}" in warning.getMessage()
     assert "run_in_new_ctx()" in warning.getMessage()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from support.apps import Answer, Kind, build, call, each_kind
-from support.database import Database, add_note, checked_out
+from support.schema import Schema, add_note, checked_out
 from support.waiting import Gate
 
 if TYPE_CHECKING:
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 @each_kind
 @pytest.mark.parametrize("place", ["endpoint", "stream", "background", "send"])
 async def test_a_cancelled_request_is_rolled_back_and_the_next_one_is_served(
-    ctxalchemy: ModuleType, database: Database, connection: Any, kind: Kind, place: str
+    ctxalchemy: ModuleType, schema: Schema, db: Any, kind: Kind, place: str
 ) -> None:
     gate = Gate()
     promised = [] if place == "endpoint" else ["promised"]
 
     async def work() -> None:
-        await add_note(await ctxalchemy.db_session(connection), "undone")
+        await add_note(await ctxalchemy.db_session(db), "undone")
         await gate()
 
     async def body() -> AsyncIterator[bytes]:
@@ -36,7 +36,7 @@ async def test_a_cancelled_request_is_rolled_back_and_the_next_one_is_served(
             return Answer()
         if place == "endpoint":
             await work()
-        await add_note(await ctxalchemy.db_session(connection), "promised")
+        await add_note(await ctxalchemy.db_session(db), "promised")
         return Answer(stream=body() if place == "stream" else None, background=work)
 
     served = False
@@ -46,8 +46,8 @@ async def test_a_cancelled_request_is_rolled_back_and_the_next_one_is_served(
     request.cancel()
     with pytest.raises(asyncio.CancelledError):
         await request
-    assert await checked_out(connection) == 0
-    assert await database.settled()
+    assert await checked_out(db) == 0
+    assert await schema.settled()
     served = True
     assert (await call(app))[0]["status"] == 200
-    assert await database.notes() == promised
+    assert await schema.notes() == promised

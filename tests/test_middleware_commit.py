@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from sqlalchemy.exc import DBAPIError
 from support.apps import Answer, Kind, Message, Transport, bare_app, build, call, client_of, each_kind, each_transport
-from support.database import Database, add_note, break_commit, checked_out
+from support.schema import Schema, add_note, break_commit, checked_out
 from support.waiting import Gate
 
 if TYPE_CHECKING:
@@ -19,21 +19,21 @@ if TYPE_CHECKING:
 @each_kind
 @each_transport
 async def test_a_success_is_committed(
-    ctxalchemy: ModuleType, database: Database, connection: Any, kind: Kind, transport: Transport
+    ctxalchemy: ModuleType, schema: Schema, db: Any, kind: Kind, transport: Transport
 ) -> None:
     async def endpoint() -> Answer:
-        await add_note(await ctxalchemy.db_session(connection), "written")
+        await add_note(await ctxalchemy.db_session(db), "written")
         return Answer()
 
     async with client_of(build(kind, ctxalchemy, endpoint), transport) as client:
         response = await client.get("/")
         assert (response.status_code, response.text) == (200, "done")
-        assert await database.notes() == ["written"]
+        assert await schema.notes() == ["written"]
 
 
 @each_kind
 async def test_a_client_that_sees_the_headers_can_read_its_write(
-    ctxalchemy: ModuleType, database: Database, connection: Any, kind: Kind
+    ctxalchemy: ModuleType, schema: Schema, db: Any, kind: Kind
 ) -> None:
     gate = Gate()
 
@@ -42,30 +42,30 @@ async def test_a_client_that_sees_the_headers_can_read_its_write(
         yield b"the end"
 
     async def endpoint() -> Answer:
-        await add_note(await ctxalchemy.db_session(connection), "written")
+        await add_note(await ctxalchemy.db_session(db), "written")
         return Answer(stream=body())
 
     async with client_of(build(kind, ctxalchemy, endpoint), "tcp") as client, client.stream("GET", "/") as response:
         await gate.reached()
-        assert await database.notes() == ["written"]
-        assert await checked_out(connection) == 0
+        assert await schema.notes() == ["written"]
+        assert await checked_out(db) == 0
         gate.open()
         assert await response.aread() == b"the end"
 
 
 @each_kind
 async def test_everything_is_committed_when_the_response_is_passed_on(
-    ctxalchemy: ModuleType, database: Database, connection: Any, other: Any, kind: Kind
+    ctxalchemy: ModuleType, schema: Schema, db: Any, other_db: Any, kind: Kind
 ) -> None:
     seen = []
 
     async def endpoint() -> Answer:
-        await add_note(await ctxalchemy.db_session(connection), "here")
-        await add_note(await ctxalchemy.db_session(other), "there")
+        await add_note(await ctxalchemy.db_session(db), "here")
+        await add_note(await ctxalchemy.db_session(other_db), "there")
         return Answer()
 
     async def look(message: Message) -> None:
-        seen.append((message["type"], await database.notes(), await database.backends()))
+        seen.append((message["type"], await schema.notes(), await schema.backends()))
 
     await call(build(kind, ctxalchemy, endpoint), look)
     assert seen[0] == ("http.response.start", ["here", "there"], ["idle", "idle"])
@@ -74,10 +74,10 @@ async def test_everything_is_committed_when_the_response_is_passed_on(
 @each_kind
 @each_transport
 async def test_a_failed_commit_is_never_answered_as_success(
-    ctxalchemy: ModuleType, database: Database, connection: Any, kind: Kind, transport: Transport
+    ctxalchemy: ModuleType, schema: Schema, db: Any, kind: Kind, transport: Transport
 ) -> None:
     async def endpoint() -> Answer:
-        session = await ctxalchemy.db_session(connection)
+        session = await ctxalchemy.db_session(db)
         await add_note(session, f"note {next(numbers)}")
         if broken:
             await break_commit(session)
@@ -88,20 +88,18 @@ async def test_a_failed_commit_is_never_answered_as_success(
         response = await client.get("/")
         assert response.status_code == 500
         assert response.text != "done"
-        assert await checked_out(connection) == 0
+        assert await checked_out(db) == 0
         broken = False
         assert (await client.get("/")).status_code == 200
-    assert await database.notes() == ["note 1"]
+    assert await schema.notes() == ["note 1"]
 
 
 @each_kind
-async def test_the_error_of_a_failed_commit_reaches_the_server(
-    ctxalchemy: ModuleType, connection: Any, kind: Kind
-) -> None:
+async def test_the_error_of_a_failed_commit_reaches_the_server(ctxalchemy: ModuleType, db: Any, kind: Kind) -> None:
     statuses = []
 
     async def endpoint() -> Answer:
-        await break_commit(await ctxalchemy.db_session(connection))
+        await break_commit(await ctxalchemy.db_session(db))
         return Answer()
 
     async def look(message: Message) -> None:
@@ -115,10 +113,10 @@ async def test_the_error_of_a_failed_commit_reaches_the_server(
 
 @pytest.mark.parametrize("then", ["returns", "sends again"])
 async def test_an_application_cannot_make_a_success_of_a_failed_commit_by_catching_it(
-    ctxalchemy: ModuleType, database: Database, connection: Any, then: str
+    ctxalchemy: ModuleType, schema: Schema, db: Any, then: str
 ) -> None:
     async def app(_scope: Any, _receive: Any, send: Any) -> None:
-        await break_commit(await ctxalchemy.db_session(connection))
+        await break_commit(await ctxalchemy.db_session(db))
         start = {"type": "http.response.start", "status": 200, "headers": []}
         with pytest.raises(DBAPIError):
             await send(start)
@@ -134,69 +132,67 @@ async def test_an_application_cannot_make_a_success_of_a_failed_commit_by_catchi
     with pytest.raises(DBAPIError):
         await call(ctxalchemy.ASGIHTTPDBSessionMiddleware(app), look)
     assert sent == []
-    assert await checked_out(connection) == 0
+    assert await checked_out(db) == 0
 
 
 @each_kind
 async def test_the_hook_is_awaited_with_each_session_before_it_is_committed(
-    ctxalchemy: ModuleType, database: Database, connection: Any, other: Any, kind: Kind
+    ctxalchemy: ModuleType, schema: Schema, db: Any, other_db: Any, kind: Kind
 ) -> None:
     async def before_commit(session: Any) -> None:
-        assert await database.notes() == []
+        assert await schema.notes() == []
         await add_note(session, f"{session.info['name']} from the hook")
 
     async def endpoint() -> Answer:
-        for name, each in (("first", connection), ("second", other)):
+        for name, each in (("first", db), ("second", other_db)):
             session = await ctxalchemy.db_session(each)
             session.info["name"] = name
             await add_note(session, name)
         return Answer()
 
     await call(build(kind, ctxalchemy, endpoint, before_commit=before_commit))
-    assert await database.notes() == ["first", "first from the hook", "second", "second from the hook"]
+    assert await schema.notes() == ["first", "first from the hook", "second", "second from the hook"]
 
 
 @each_kind
 async def test_a_failing_hook_is_never_answered_as_success(
-    ctxalchemy: ModuleType, database: Database, connection: Any, kind: Kind
+    ctxalchemy: ModuleType, schema: Schema, db: Any, kind: Kind
 ) -> None:
     async def before_commit(_session: Any) -> None:
         raise LookupError("the hook")
 
     async def endpoint() -> Answer:
-        await add_note(await ctxalchemy.db_session(connection), "undone")
+        await add_note(await ctxalchemy.db_session(db), "undone")
         return Answer()
 
     app = build(kind, ctxalchemy, endpoint, before_commit=before_commit)
     async with client_of(app) as client:
         assert (await client.get("/")).status_code == 500
-    assert await checked_out(connection) == 0
-    assert await database.notes() == []
+    assert await checked_out(db) == 0
+    assert await schema.notes() == []
 
 
-async def test_a_request_without_a_session_touches_no_database(
-    ctxalchemy: ModuleType, database: Database, connection: Any
-) -> None:
+async def test_a_request_without_a_session_touches_no_database(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
     async def endpoint() -> Answer:
         assert ctxalchemy.is_context_initiated()
         return Answer()
 
     sent = await call(build("asgi", ctxalchemy, endpoint))
     assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
-    assert await database.backends() == []
+    assert await schema.backends() == []
 
 
 async def test_many_requests_at_once_on_a_pool_of_one_are_all_committed(
-    ctxalchemy: ModuleType, database: Database, connection: Any
+    ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     numbers = iter(range(100))
 
     async def endpoint() -> Answer:
-        await add_note(await ctxalchemy.db_session(connection), f"{next(numbers):02}")
+        await add_note(await ctxalchemy.db_session(db), f"{next(numbers):02}")
         return Answer()
 
     app = ctxalchemy.ASGIHTTPDBSessionMiddleware(bare_app(endpoint))
     async with client_of(app, "tcp") as client:
         responses = await asyncio.gather(*(client.get("/") for _ in range(20)))
     assert [response.status_code for response in responses] == [200] * 20
-    assert await database.notes() == [f"{number:02}" for number in range(20)]
+    assert await schema.notes() == [f"{number:02}" for number in range(20)]

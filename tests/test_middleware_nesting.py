@@ -10,7 +10,7 @@ from starlette.applications import Starlette
 from starlette.responses import Response
 from starlette.routing import Mount, Route
 from support.apps import Answer, Kind, bare_app, build, call, client_of, each_kind, http_scope
-from support.database import Database, add_note, count_notes
+from support.schema import Schema, add_note, count_notes
 from support.waiting import Gate
 
 if TYPE_CHECKING:
@@ -24,41 +24,41 @@ if TYPE_CHECKING:
 )
 async def test_an_application_called_in_process_by_another_has_its_own_fate(
     ctxalchemy: ModuleType,
-    database: Database,
-    connection: Any,
-    other: Any,
+    schema: Schema,
+    db: Any,
+    other_db: Any,
     kind: Kind,
     outer_status: int,
     inner_status: int,
     notes: list[str],
 ) -> None:
     async def inner() -> Answer:
-        assert ctxalchemy.get_db_session_from_context(connection) is None
-        await add_note(await ctxalchemy.db_session(other), "inner")
+        assert ctxalchemy.get_db_session_from_context(db) is None
+        await add_note(await ctxalchemy.db_session(other_db), "inner")
         return Answer(inner_status)
 
     async def outer() -> Answer:
-        session = await ctxalchemy.db_session(connection)
+        session = await ctxalchemy.db_session(db)
         await add_note(session, "outer")
         async with client_of(build(kind, ctxalchemy, inner)) as client:
             assert (await client.get("/")).status_code == inner_status
-        assert await ctxalchemy.db_session(connection) is session
+        assert await ctxalchemy.db_session(db) is session
         assert session.in_transaction()
         return Answer(outer_status)
 
     await call(build(kind, ctxalchemy, outer))
-    assert await database.notes() == notes
+    assert await schema.notes() == notes
 
 
 @pytest.mark.parametrize("finished", [False, True])
 async def test_a_request_made_by_a_task_of_another_has_its_own_fate(
-    ctxalchemy: ModuleType, database: Database, connection: Any, other: Any, finished: bool
+    ctxalchemy: ModuleType, schema: Schema, db: Any, other_db: Any, finished: bool
 ) -> None:
     gate = Gate()
     tasks: list[asyncio.Task[Any]] = []
 
     async def second() -> Answer:
-        await add_note(await ctxalchemy.db_session(other), "second")
+        await add_note(await ctxalchemy.db_session(other_db), "second")
         return Answer()
 
     async def later() -> None:
@@ -66,7 +66,7 @@ async def test_a_request_made_by_a_task_of_another_has_its_own_fate(
         await call(build("asgi", ctxalchemy, second))
 
     async def first() -> Answer:
-        await add_note(await ctxalchemy.db_session(connection), "undone")
+        await add_note(await ctxalchemy.db_session(db), "undone")
         tasks.append(asyncio.create_task(later()))
         if not finished:
             gate.open()
@@ -76,15 +76,15 @@ async def test_a_request_made_by_a_task_of_another_has_its_own_fate(
     await call(build("asgi", ctxalchemy, first))
     gate.open()
     await tasks[0]
-    assert await database.notes() == ["second"]
+    assert await schema.notes() == ["second"]
 
 
-async def test_requests_at_the_same_time_have_contexts_of_their_own(ctxalchemy: ModuleType, connection: Any) -> None:
+async def test_requests_at_the_same_time_have_contexts_of_their_own(ctxalchemy: ModuleType, db: Any) -> None:
     all_there = asyncio.Barrier(3)
     sessions = set()
 
     async def endpoint() -> Answer:
-        sessions.add(await ctxalchemy.db_session(connection))
+        sessions.add(await ctxalchemy.db_session(db))
         await all_there.wait()
         return Answer()
 
@@ -96,41 +96,41 @@ async def test_requests_at_the_same_time_have_contexts_of_their_own(ctxalchemy: 
 
 @each_kind
 async def test_a_request_out_of_a_block_with_a_context_has_its_own(
-    ctxalchemy: ModuleType, database: Database, connection: Any, other: Any, kind: Kind
+    ctxalchemy: ModuleType, schema: Schema, db: Any, other_db: Any, kind: Kind
 ) -> None:
     async def endpoint() -> Answer:
-        await add_note(await ctxalchemy.db_session(other), "request")
+        await add_note(await ctxalchemy.db_session(other_db), "request")
         return Answer()
 
     async def work() -> None:
-        await add_note(await ctxalchemy.db_session(connection), "undone")
+        await add_note(await ctxalchemy.db_session(db), "undone")
         await call(build(kind, ctxalchemy, endpoint))
         raise LookupError
 
     with pytest.raises(LookupError):
         await ctxalchemy.run_in_new_ctx(work)
-    assert await database.notes() == ["request"]
+    assert await schema.notes() == ["request"]
 
 
 @each_kind
 @pytest.mark.parametrize("status", [200, 409])
 @pytest.mark.parametrize("opened_by", ["set_test_context", "init_db_session_ctx"])
 async def test_a_context_that_a_test_opened_is_respected(
-    ctxalchemy: ModuleType, database: Database, connection: Any, kind: Kind, status: int, opened_by: str
+    ctxalchemy: ModuleType, schema: Schema, db: Any, kind: Kind, status: int, opened_by: str
 ) -> None:
     async def endpoint() -> Answer:
-        session = await ctxalchemy.db_session(connection)
-        assert session is ctxalchemy.get_db_session_from_context(connection)
+        session = await ctxalchemy.db_session(db)
+        assert session is ctxalchemy.get_db_session_from_context(db)
         await add_note(session, "uncommitted")
         return Answer(status)
 
     async def use_it() -> None:
-        session = await ctxalchemy.db_session(connection)
+        session = await ctxalchemy.db_session(db)
         async with client_of(build(kind, ctxalchemy, endpoint)) as client:
             assert (await client.get("/")).status_code == status
-        assert await ctxalchemy.db_session(connection) is session
+        assert await ctxalchemy.db_session(db) is session
         assert await count_notes(session) == 1
-        assert await database.notes() == []
+        assert await schema.notes() == []
         await session.close()
 
     if opened_by == "set_test_context":
@@ -140,36 +140,34 @@ async def test_a_context_that_a_test_opened_is_respected(
         token = ctxalchemy.init_db_session_ctx()
         await use_it()
         await ctxalchemy.reset_db_session_ctx(token)
-    assert await database.notes() == []
+    assert await schema.notes() == []
 
 
-async def test_the_middleware_added_twice_is_one_context(
-    ctxalchemy: ModuleType, database: Database, connection: Any
-) -> None:
+async def test_the_middleware_added_twice_is_one_context(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
     """A second context would need a second connection out of a pool of one."""
 
     async def between(scope: Any, receive: Any, send: Any) -> None:
-        await add_note(await ctxalchemy.db_session(connection), "between")
+        await add_note(await ctxalchemy.db_session(db), "between")
         await inner(scope, receive, send)
 
     async def endpoint() -> Answer:
-        await add_note(await ctxalchemy.db_session(connection), "endpoint")
+        await add_note(await ctxalchemy.db_session(db), "endpoint")
         return Answer()
 
     inner = ctxalchemy.ASGIHTTPDBSessionMiddleware(bare_app(endpoint))
     await call(ctxalchemy.ASGIHTTPDBSessionMiddleware(between))
-    assert await database.notes() == ["between", "endpoint"]
+    assert await schema.notes() == ["between", "endpoint"]
 
 
 async def test_a_mounted_application_with_its_own_middleware_shares_the_context(
-    ctxalchemy: ModuleType, database: Database, connection: Any
+    ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     async def mounted(_request: Any) -> Response:
-        await add_note(await ctxalchemy.db_session(connection), "mounted")
+        await add_note(await ctxalchemy.db_session(db), "mounted")
         return Response(status_code=409)
 
     async def between(scope: Any, receive: Any, send: Any) -> None:
-        await add_note(await ctxalchemy.db_session(connection), "undone with it")
+        await add_note(await ctxalchemy.db_session(db), "undone with it")
         await inner(scope, receive, send)
 
     inner = Starlette(routes=[Route("/", mounted)])
@@ -177,25 +175,25 @@ async def test_a_mounted_application_with_its_own_middleware_shares_the_context(
     for app in (inner, outer):
         ctxalchemy.starlette.add_starlette_http_db_session_middleware(app)
     assert (await call(outer))[0]["status"] == 409
-    assert await database.notes() == []
+    assert await schema.notes() == []
 
 
 @pytest.mark.parametrize("copied", [False, True])
 async def test_the_scope_of_an_earlier_request_does_not_lead_into_the_context_of_a_later_one(
-    ctxalchemy: ModuleType, database: Database, connection: Any, other: Any, copied: bool
+    ctxalchemy: ModuleType, schema: Schema, db: Any, other_db: Any, copied: bool
 ) -> None:
     """The mark in a scope is of one context; that there is one does not say that it is this request's."""
     scope = http_scope()
 
     async def inner() -> Answer:
-        await add_note(await ctxalchemy.db_session(other), "inner")
+        await add_note(await ctxalchemy.db_session(other_db), "inner")
         return Answer()
 
     async def outer() -> Answer:
-        await add_note(await ctxalchemy.db_session(connection), "outer")
+        await add_note(await ctxalchemy.db_session(db), "outer")
         again = build("asgi", ctxalchemy, inner)
         assert (await call(again, scope=dict(scope) if copied else scope))[0]["status"] == 200
-        assert await database.notes() == ["inner"]
+        assert await schema.notes() == ["inner"]
         return Answer(409)
 
     async def nothing() -> Answer:
@@ -203,31 +201,31 @@ async def test_the_scope_of_an_earlier_request_does_not_lead_into_the_context_of
 
     await call(build("asgi", ctxalchemy, nothing), scope=scope)
     await call(build("asgi", ctxalchemy, outer))
-    assert await database.notes() == ["inner"]
+    assert await schema.notes() == ["inner"]
 
 
 async def test_a_copied_scope_does_not_lead_into_a_context_opened_inside_its_request(
-    ctxalchemy: ModuleType, database: Database, connection: Any, other: Any
+    ctxalchemy: ModuleType, schema: Schema, db: Any, other_db: Any
 ) -> None:
     async def inner() -> Answer:
-        assert ctxalchemy.get_db_session_from_context(connection) is None
-        await add_note(await ctxalchemy.db_session(other), "inner")
+        assert ctxalchemy.get_db_session_from_context(db) is None
+        await add_note(await ctxalchemy.db_session(other_db), "inner")
         return Answer()
 
     async def outer(scope: Any, _receive: Any, send: Any) -> None:
         async with ctxalchemy.new_ctx():
-            await add_note(await ctxalchemy.db_session(connection), "undone")
+            await add_note(await ctxalchemy.db_session(db), "undone")
             await call(build("asgi", ctxalchemy, inner), scope=dict(scope))
             await ctxalchemy.rollback_all_sessions()
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b""})
 
     await call(ctxalchemy.ASGIHTTPDBSessionMiddleware(outer))
-    assert await database.notes() == ["inner"]
+    assert await schema.notes() == ["inner"]
 
 
 async def test_a_scope_that_is_used_again_does_not_lead_into_the_closed_context(
-    ctxalchemy: ModuleType, database: Database, connection: Any
+    ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     """A task of the first request, whose context is still current in it, serves a second one with the same scope."""
     scope = http_scope()
@@ -239,7 +237,7 @@ async def test_a_scope_that_is_used_again_does_not_lead_into_the_closed_context(
         return await call(app, scope=scope)
 
     async def endpoint() -> Answer:
-        await add_note(await ctxalchemy.db_session(connection), f"request {len(tasks) + 1}")
+        await add_note(await ctxalchemy.db_session(db), f"request {len(tasks) + 1}")
         if not tasks:
             tasks.append(asyncio.create_task(again()))
         return Answer()
@@ -248,4 +246,4 @@ async def test_a_scope_that_is_used_again_does_not_lead_into_the_closed_context(
     await call(app, scope=scope)
     gate.open()
     assert (await tasks[0])[0]["status"] == 200
-    assert await database.notes() == ["request 1", "request 2"]
+    assert await schema.notes() == ["request 1", "request 2"]

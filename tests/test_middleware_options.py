@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from support.apps import Answer, bare_app, call
-from support.database import Database, add_note
+from support.schema import Schema, add_note
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,27 +52,27 @@ def test_the_options_that_there_are_are_taken(ctxalchemy: ModuleType, way: Any) 
     way(ctxalchemy)(before_commit=nothing, commit_if=bool, websocket=True)
 
 
-async def test_the_hook_may_be_given_by_position(ctxalchemy: ModuleType, database: Database, connection: Any) -> None:
+async def test_the_hook_may_be_given_by_position(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
     async def before_commit(session: Any) -> None:
         await add_note(session, "from the hook")
 
     async def endpoint() -> Answer:
-        await add_note(await ctxalchemy.db_session(connection), "endpoint")
+        await add_note(await ctxalchemy.db_session(db), "endpoint")
         return Answer()
 
     await call(ctxalchemy.ASGIHTTPDBSessionMiddleware(bare_app(endpoint), before_commit))
-    assert await database.notes() == ["endpoint", "from the hook"]
+    assert await schema.notes() == ["endpoint", "from the hook"]
 
 
 async def test_the_class_can_be_listed_among_an_applications_middleware(
-    ctxalchemy: ModuleType, database: Database, connection: Any
+    ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     async def endpoint() -> Answer:
-        await add_note(await ctxalchemy.db_session(connection), "written")
+        await add_note(await ctxalchemy.db_session(db), "written")
         return Answer()
 
     middleware = Middleware(ctxalchemy.starlette.StarletteHTTPDBSessionMiddleware, commit_if=lambda _: True)
     app = Starlette(middleware=[middleware])
     app.mount("/", bare_app(endpoint))
     await call(app)
-    assert await database.notes() == ["written"]
+    assert await schema.notes() == ["written"]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from starlette.exceptions import HTTPException
 from support.apps import Answer, Kind, Message, Transport, build, call, client_of, each_kind, each_transport
-from support.database import Database, add_note, checked_out
+from support.schema import Schema, add_note, checked_out
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -16,64 +16,64 @@ if TYPE_CHECKING:
 @each_kind
 @each_transport
 async def test_a_status_of_400_and_up_rolls_back(
-    ctxalchemy: ModuleType, database: Database, connection: Any, kind: Kind, transport: Transport
+    ctxalchemy: ModuleType, schema: Schema, db: Any, kind: Kind, transport: Transport
 ) -> None:
     async def endpoint() -> Answer:
-        await add_note(await ctxalchemy.db_session(connection), "undone")
+        await add_note(await ctxalchemy.db_session(db), "undone")
         return Answer(status)
 
     async with client_of(build(kind, ctxalchemy, endpoint), transport) as client:
         for status in (400, 404, 422, 500, 503):
             response = await client.get("/")
             assert (response.status_code, response.text) == (status, "done")
-            assert await checked_out(connection) == 0
-    assert await database.notes() == []
+            assert await checked_out(db) == 0
+    assert await schema.notes() == []
 
 
 @pytest.mark.parametrize("kind", ["starlette", "fastapi"])
 @each_transport
 async def test_an_error_that_the_framework_handles_rolls_back(
-    ctxalchemy: ModuleType, database: Database, connection: Any, kind: Kind, transport: Transport
+    ctxalchemy: ModuleType, schema: Schema, db: Any, kind: Kind, transport: Transport
 ) -> None:
     async def endpoint() -> Answer:
-        await add_note(await ctxalchemy.db_session(connection), "undone")
+        await add_note(await ctxalchemy.db_session(db), "undone")
         raise HTTPException(409, "conflict")
 
     async with client_of(build(kind, ctxalchemy, endpoint), transport) as client:
         response = await client.get("/")
         assert response.status_code == 409
         assert "conflict" in response.text
-    assert await checked_out(connection) == 0
-    assert await database.notes() == []
+    assert await checked_out(db) == 0
+    assert await schema.notes() == []
 
 
 @each_kind
 async def test_everything_is_rolled_back_when_the_response_is_passed_on(
-    ctxalchemy: ModuleType, database: Database, connection: Any, other: Any, kind: Kind
+    ctxalchemy: ModuleType, schema: Schema, db: Any, other_db: Any, kind: Kind
 ) -> None:
     states = []
 
     async def endpoint() -> Answer:
-        await add_note(await ctxalchemy.db_session(connection), "undone here")
-        await add_note(await ctxalchemy.db_session(other), "undone there")
+        await add_note(await ctxalchemy.db_session(db), "undone here")
+        await add_note(await ctxalchemy.db_session(other_db), "undone there")
         return Answer(404)
 
     async def look(_message: Message) -> None:
-        states.append(await database.backends())
+        states.append(await schema.backends())
 
     await call(build(kind, ctxalchemy, endpoint), look)
     assert states[0] == ["idle", "idle"]
-    assert await database.notes() == []
+    assert await schema.notes() == []
 
 
 @each_kind
 @each_transport
 async def test_an_unhandled_error_rolls_back_and_the_next_request_is_served(
-    ctxalchemy: ModuleType, database: Database, connection: Any, kind: Kind, transport: Transport
+    ctxalchemy: ModuleType, schema: Schema, db: Any, kind: Kind, transport: Transport
 ) -> None:
     async def endpoint() -> Answer:
         name = next(names)
-        await add_note(await ctxalchemy.db_session(connection), name)
+        await add_note(await ctxalchemy.db_session(db), name)
         if name == "undone":
             raise LookupError(name)
         return Answer()
@@ -81,17 +81,17 @@ async def test_an_unhandled_error_rolls_back_and_the_next_request_is_served(
     names = iter(["undone", "kept"])
     async with client_of(build(kind, ctxalchemy, endpoint), transport) as client:
         assert (await client.get("/")).status_code == 500
-        assert await checked_out(connection) == 0
+        assert await checked_out(db) == 0
         assert (await client.get("/")).status_code == 200
-    assert await database.notes() == ["kept"]
+    assert await schema.notes() == ["kept"]
 
 
 @each_kind
-async def test_an_unhandled_error_comes_through_as_it_is(ctxalchemy: ModuleType, connection: Any, kind: Kind) -> None:
+async def test_an_unhandled_error_comes_through_as_it_is(ctxalchemy: ModuleType, db: Any, kind: Kind) -> None:
     error = LookupError("the endpoint")
 
     async def endpoint() -> Answer:
-        await add_note(await ctxalchemy.db_session(connection), "undone")
+        await add_note(await ctxalchemy.db_session(db), "undone")
         raise error
 
     with pytest.raises(LookupError) as caught:
@@ -100,20 +100,20 @@ async def test_an_unhandled_error_comes_through_as_it_is(ctxalchemy: ModuleType,
     assert not hasattr(error, "__notes__")
 
 
-async def test_no_response_rolls_back(ctxalchemy: ModuleType, database: Database, connection: Any) -> None:
+async def test_no_response_rolls_back(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
     async def app(_scope: Any, _receive: Any, _send: Any) -> None:
-        await add_note(await ctxalchemy.db_session(connection), "undone")
+        await add_note(await ctxalchemy.db_session(db), "undone")
 
     async with client_of(ctxalchemy.ASGIHTTPDBSessionMiddleware(app), "tcp") as client:
         assert (await client.get("/")).status_code == 500
-    assert await checked_out(connection) == 0
-    assert await database.notes() == []
+    assert await checked_out(db) == 0
+    assert await schema.notes() == []
 
 
 @each_kind
 @pytest.mark.parametrize(("status", "notes"), [(404, ["made"]), (200, [])])
 async def test_which_status_commits_is_the_applications_choice(
-    ctxalchemy: ModuleType, database: Database, connection: Any, kind: Kind, status: int, notes: list[str]
+    ctxalchemy: ModuleType, schema: Schema, db: Any, kind: Kind, status: int, notes: list[str]
 ) -> None:
     statuses = []
 
@@ -122,24 +122,22 @@ async def test_which_status_commits_is_the_applications_choice(
         return status == 404
 
     async def endpoint() -> Answer:
-        await add_note(await ctxalchemy.db_session(connection), "made")
+        await add_note(await ctxalchemy.db_session(db), "made")
         return Answer(status)
 
     await call(build(kind, ctxalchemy, endpoint, commit_if=commit_if))
-    assert await database.notes() == notes
-    assert await checked_out(connection) == 0
+    assert await schema.notes() == notes
+    assert await checked_out(db) == 0
     assert statuses == [status]
 
 
-async def test_a_hook_is_not_called_for_what_is_rolled_back(
-    ctxalchemy: ModuleType, database: Database, connection: Any
-) -> None:
+async def test_a_hook_is_not_called_for_what_is_rolled_back(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
     async def before_commit(_session: Any) -> None:
         pytest.fail("nothing is committed here")
 
     async def endpoint() -> Answer:
-        await add_note(await ctxalchemy.db_session(connection), "undone")
+        await add_note(await ctxalchemy.db_session(db), "undone")
         return Answer(422)
 
     await call(build("asgi", ctxalchemy, endpoint, before_commit=before_commit))
-    assert await database.notes() == []
+    assert await schema.notes() == []

@@ -8,7 +8,7 @@ import pytest
 from starlette.applications import Starlette
 from starlette.routing import WebSocketRoute
 from support.apps import Message, http_scope
-from support.database import Database, add_note, break_commit, checked_out
+from support.schema import Schema, add_note, break_commit, checked_out
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,13 +33,13 @@ async def talk(app: Any, *messages: str) -> list[Message]:
     return sent
 
 
-def notes_of(ctxalchemy: ModuleType, connection: Any) -> Callable[[Any], Any]:
+def notes_of(ctxalchemy: ModuleType, db: Any) -> Callable[[Any], Any]:
     """An endpoint that takes notes, until it is told that something is wrong."""
 
     async def endpoint(websocket: Any) -> None:
         await websocket.accept()
         async for text in websocket.iter_text():
-            session = await ctxalchemy.db_session(connection)
+            session = await ctxalchemy.db_session(db)
             if text == "fail":
                 raise LookupError(text)
             await (break_commit(session) if text == "break" else add_note(session, text))
@@ -47,8 +47,8 @@ def notes_of(ctxalchemy: ModuleType, connection: Any) -> Callable[[Any], Any]:
     return endpoint
 
 
-def websocket_app(ctxalchemy: ModuleType, connection: Any, **options: Any) -> Any:
-    app = Starlette(routes=[WebSocketRoute("/", notes_of(ctxalchemy, connection))])
+def websocket_app(ctxalchemy: ModuleType, db: Any, **options: Any) -> Any:
+    app = Starlette(routes=[WebSocketRoute("/", notes_of(ctxalchemy, db))])
     ctxalchemy.starlette.add_starlette_http_db_session_middleware(app, **options)
     return app
 
@@ -79,41 +79,41 @@ async def test_websocket_support_does_not_concern_the_lifespan(ctxalchemy: Modul
     await ctxalchemy.ASGIHTTPDBSessionMiddleware(app, websocket=True)({"type": "lifespan"}, None, None)
 
 
-async def test_a_websocket_has_no_context_by_default(ctxalchemy: ModuleType, connection: Any) -> None:
+async def test_a_websocket_has_no_context_by_default(ctxalchemy: ModuleType, db: Any) -> None:
     with pytest.raises(ctxalchemy.ContextNotInitiatedError):
-        await talk(websocket_app(ctxalchemy, connection), "note")
+        await talk(websocket_app(ctxalchemy, db), "note")
 
 
 async def test_a_websocket_connection_is_committed_when_the_application_returns(
-    ctxalchemy: ModuleType, database: Database, connection: Any
+    ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     hooked = []
 
     async def before_commit(session: Any) -> None:
-        assert await database.notes() == []
+        assert await schema.notes() == []
         hooked.append(session)
 
-    app = websocket_app(ctxalchemy, connection, websocket=True, before_commit=before_commit)
+    app = websocket_app(ctxalchemy, db, websocket=True, before_commit=before_commit)
     sent = await talk(app, "first", "second")
     assert [message["type"] for message in sent] == ["websocket.accept"]
-    assert await database.notes() == ["first", "second"]
-    assert await checked_out(connection) == 0
+    assert await schema.notes() == ["first", "second"]
+    assert await checked_out(db) == 0
     assert len(hooked) == 1
 
 
 async def test_a_websocket_connection_is_rolled_back_when_the_application_raises(
-    ctxalchemy: ModuleType, database: Database, connection: Any
+    ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     with pytest.raises(LookupError, match="fail"):
-        await talk(websocket_app(ctxalchemy, connection, websocket=True), "undone", "fail")
-    assert await checked_out(connection) == 0
-    assert await database.notes() == []
+        await talk(websocket_app(ctxalchemy, db, websocket=True), "undone", "fail")
+    assert await checked_out(db) == 0
+    assert await schema.notes() == []
 
 
 async def test_a_failed_commit_of_a_websocket_connection_reaches_the_server(
-    ctxalchemy: ModuleType, database: Database, connection: Any
+    ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     with pytest.raises(Exception, match="child_note_fkey"):
-        await talk(websocket_app(ctxalchemy, connection, websocket=True), "undone", "break")
-    assert await checked_out(connection) == 0
-    assert await database.notes() == []
+        await talk(websocket_app(ctxalchemy, db, websocket=True), "undone", "break")
+    assert await checked_out(db) == 0
+    assert await schema.notes() == []

@@ -20,41 +20,41 @@ MOCKS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("mock", MOCKS)
-async def test_a_mock_is_committed_and_closed(ctxalchemy: ModuleType, connection: Any, mock: str) -> None:
+async def test_a_mock_is_committed_and_closed(ctxalchemy: ModuleType, db: Any, mock: str) -> None:
     session = MOCKS[mock]()
     session.in_transaction = MagicMock(side_effect=[True, True, False, False, False, False])
     async with ctxalchemy.new_ctx():
-        ctxalchemy.put_db_session_to_context(connection, session)
+        ctxalchemy.put_db_session_to_context(db, session)
     session.commit.assert_awaited_once_with()
     session.close.assert_awaited_once_with()
 
 
 @pytest.mark.parametrize("mock", MOCKS)
-async def test_the_error_of_a_mock_comes_through(ctxalchemy: ModuleType, connection: Any, mock: str) -> None:
+async def test_the_error_of_a_mock_comes_through(ctxalchemy: ModuleType, db: Any, mock: str) -> None:
     session = MOCKS[mock]()
     session.in_transaction = MagicMock(return_value=True)
     session.commit.side_effect = LookupError("no")
     with pytest.raises(LookupError, match="no") as caught:
         async with ctxalchemy.new_ctx():
-            ctxalchemy.put_db_session_to_context(connection, session)
+            ctxalchemy.put_db_session_to_context(db, session)
     assert getattr(caught.value, "__notes__", []) == []
     session.rollback.assert_awaited()
     session.close.assert_awaited_once_with()
 
 
-async def test_a_method_that_is_patched_on_a_session_is_called(ctxalchemy: ModuleType, connection: Any) -> None:
-    session = await connection.create_session()
+async def test_a_method_that_is_patched_on_a_session_is_called(ctxalchemy: ModuleType, db: Any) -> None:
+    session = await db.create_session()
     session.commit = AsyncMock(side_effect=LookupError("patched"))
     with pytest.raises(LookupError, match="patched"):  # noqa: PT012
         async with ctxalchemy.new_ctx():
-            ctxalchemy.put_db_session_to_context(connection, session)
+            ctxalchemy.put_db_session_to_context(db, session)
             await session.begin()
 
 
 async def test_a_method_that_is_patched_on_the_class_is_called(
-    ctxalchemy: ModuleType, connection: Any, monkeypatch: pytest.MonkeyPatch
+    ctxalchemy: ModuleType, db: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(AsyncSession, "commit", AsyncMock(side_effect=LookupError("patched")))
     with pytest.raises(LookupError, match="patched"):
         async with ctxalchemy.new_ctx():
-            await (await ctxalchemy.db_session(connection)).begin()
+            await (await ctxalchemy.db_session(db)).begin()

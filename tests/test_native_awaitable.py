@@ -256,9 +256,9 @@ def test_a_result_that_is_a_tuple_or_an_exception_stays_one(ctxalchemy: ModuleTy
 
 async def test_it_waits_like_a_coroutine(ctxalchemy: ModuleType) -> None:
     event = asyncio.Event()
-    connection = slow(ctxalchemy, event)
+    db = slow(ctxalchemy, event)
     with context(ctxalchemy):
-        coroutine = ctxalchemy.db_session(connection)
+        coroutine = ctxalchemy.db_session(db)
         future = coroutine.send(None)
         assert inspect.getcoroutinestate(coroutine) == inspect.CORO_SUSPENDED
         assert coroutine.cr_await is not None
@@ -269,22 +269,22 @@ async def test_it_waits_like_a_coroutine(ctxalchemy: ModuleType) -> None:
         await asyncio.sleep(0)
         assert future.done()
         session = run(coroutine)
-        assert session is await ctxalchemy.db_session(connection)
+        assert session is await ctxalchemy.db_session(db)
         assert coroutine.cr_await is None
 
 
 async def test_an_error_thrown_while_it_waits_comes_out_and_ends_it(ctxalchemy: ModuleType) -> None:
-    connection = slow(ctxalchemy, asyncio.Event())
+    db = slow(ctxalchemy, asyncio.Event())
     with context(ctxalchemy) as store:
         for thrown in (KeyError("thrown"), GeneratorExit("thrown"), asyncio.CancelledError("thrown")):
-            coroutine = ctxalchemy.db_session(connection)
+            coroutine = ctxalchemy.db_session(db)
             coroutine.send(None)
             with pytest.raises(type(thrown)) as caught:
                 coroutine.throw(thrown)
             assert caught.value is thrown
             with pytest.raises(RuntimeError, match="cannot reuse already awaited coroutine"):
                 coroutine.send(None)
-        assert store.get(connection) is None
+        assert store.get(db) is None
 
 
 async def test_it_can_be_closed_while_it_waits(ctxalchemy: ModuleType) -> None:
@@ -322,22 +322,22 @@ async def test_it_cannot_be_run_from_within_itself(ctxalchemy: ModuleType) -> No
             errors.append(str(caught.value))
         assert inspect.getcoroutinestate(coroutine) == inspect.CORO_RUNNING
 
-    connection = ctxalchemy.DBConnect.from_url("sqlite+aiosqlite://", before_create_session_handler=handler)
+    db = ctxalchemy.DBConnect.from_url("sqlite+aiosqlite://", before_create_session_handler=handler)
     with context(ctxalchemy):
-        coroutine = ctxalchemy.db_session(connection)
+        coroutine = ctxalchemy.db_session(db)
         session = run(coroutine)
         assert len(errors) == 3
         await session.close()
 
 
 async def test_a_cycle_through_one_that_waits_is_collected(ctxalchemy: ModuleType) -> None:
-    connection = slow(ctxalchemy, asyncio.Event())
+    db = slow(ctxalchemy, asyncio.Event())
     with context(ctxalchemy):
-        coroutine = ctxalchemy.db_session(connection)
+        coroutine = ctxalchemy.db_session(db)
         coroutine.send(None)
-        connection.waited_for_by = coroutine
-        gone = weakref.ref(connection)
-        del connection, coroutine
+        db.waited_for_by = coroutine
+        gone = weakref.ref(db)
+        del db, coroutine
     await asyncio.sleep(0)
     gc.collect()
     assert gone() is None
@@ -516,8 +516,8 @@ def test_a_session_that_goes_may_use_its_context(ctxalchemy: ModuleType, key: Th
     other = Thing()
     store = ctxalchemy._backend.open_context()
     for _ in range(50):
-        for connection in (key, other, Thing(), Thing()):
-            store.put(connection, Restless())
+        for db in (key, other, Thing(), Thing()):
+            store.put(db, Restless())
         store.put(key, Restless())
         store.pop(key)
         store.clear()
@@ -583,7 +583,7 @@ def test_threads_share_a_context(ctxalchemy: ModuleType, store: Any, key: Thing)
                 assert run(awaited(ctxalchemy.db_session(key))) is not None
                 found = store.get(other)
                 assert found is None or found == [other]
-                assert all(value == [connection] for connection, value in store.items() if connection is not key)
+                assert all(value == [db] for db, value in store.items() if db is not key)
                 if turn % 7 == 0:
                     store.pop(other)
         except BaseException as error:
@@ -622,26 +622,26 @@ def test_of_threads_that_await_the_same_one_only_one_does(ctxalchemy: ModuleType
 # Loops
 
 
-async def _eager(ctxalchemy: ModuleType, connection: Any) -> Any:
+async def _eager(ctxalchemy: ModuleType, db: Any) -> Any:
     factory = getattr(asyncio, "eager_task_factory", None)
     if factory is None:
         pytest.skip("new in 3.12")
     asyncio.get_running_loop().set_task_factory(factory)
-    return await _tasks(ctxalchemy, connection)
+    return await _tasks(ctxalchemy, db)
 
 
-async def _debug(ctxalchemy: ModuleType, connection: Any) -> Any:
+async def _debug(ctxalchemy: ModuleType, db: Any) -> Any:
     asyncio.get_running_loop().set_debug(True)
-    return await _tasks(ctxalchemy, connection)
+    return await _tasks(ctxalchemy, db)
 
 
-async def _tasks(ctxalchemy: ModuleType, connection: Any) -> Any:
-    task = asyncio.create_task(ctxalchemy.db_session(connection))
+async def _tasks(ctxalchemy: ModuleType, db: Any) -> Any:
+    task = asyncio.create_task(ctxalchemy.db_session(db))
     assert task.done() or "coro=<db_session()" in repr(task)
-    found = [await task, *await asyncio.gather(*(ctxalchemy.db_session(connection) for _ in range(10)))]
+    found = [await task, *await asyncio.gather(*(ctxalchemy.db_session(db) for _ in range(10)))]
     async with asyncio.timeout(1):
-        found.append(await ctxalchemy.db_session(connection))
-    task = asyncio.create_task(ctxalchemy.db_session(connection))
+        found.append(await ctxalchemy.db_session(db))
+    task = asyncio.create_task(ctxalchemy.db_session(db))
     if not task.done():
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -657,9 +657,9 @@ def test_it_runs_in_tasks_of_every_kind(ctxalchemy: ModuleType, kind: Any, handl
 
     async def main() -> None:
         options = {"before_create_session_handler": wait} if handler else {}
-        connection = ctxalchemy.DBConnect.from_url("sqlite+aiosqlite://", **options)
+        db = ctxalchemy.DBConnect.from_url("sqlite+aiosqlite://", **options)
         with context(ctxalchemy):
-            found = await kind(ctxalchemy, connection)
+            found = await kind(ctxalchemy, db)
             assert len(set(map(id, found))) == 1
 
     asyncio.run(main())
@@ -669,9 +669,9 @@ def test_it_runs_on_uvloop(ctxalchemy: ModuleType) -> None:
     uvloop = pytest.importorskip("uvloop")
 
     async def main() -> None:
-        connection = ctxalchemy.DBConnect.from_url("sqlite+aiosqlite://")
+        db = ctxalchemy.DBConnect.from_url("sqlite+aiosqlite://")
         with context(ctxalchemy):
-            assert len(set(map(id, await _tasks(ctxalchemy, connection)))) == 1
+            assert len(set(map(id, await _tasks(ctxalchemy, db)))) == 1
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(main())
@@ -679,9 +679,9 @@ def test_it_runs_on_uvloop(ctxalchemy: ModuleType) -> None:
 
 async def test_a_stack_of_a_task_that_waits_can_be_printed(ctxalchemy: ModuleType) -> None:
     event = asyncio.Event()
-    connection = slow(ctxalchemy, event)
+    db = slow(ctxalchemy, event)
     with context(ctxalchemy):
-        task = asyncio.create_task(ctxalchemy.db_session(connection))
+        task = asyncio.create_task(ctxalchemy.db_session(db))
         await asyncio.sleep(0)
         assert task.get_stack()
         task.print_stack()

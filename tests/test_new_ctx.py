@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy.exc import DBAPIError
-from support.database import Database, add_note, break_commit, checked_out
+from support.schema import Schema, add_note, break_commit, checked_out
 from support.waiting import Gate
 
 if TYPE_CHECKING:
@@ -29,47 +29,43 @@ both = pytest.mark.parametrize("run", [run_block, run_task], ids=["new_ctx", "ru
 
 
 @both
-async def test_what_returns_is_committed_and_closed(
-    ctxalchemy: ModuleType, database: Database, connection: Any, run: Any
-) -> None:
+async def test_what_returns_is_committed_and_closed(ctxalchemy: ModuleType, schema: Schema, db: Any, run: Any) -> None:
     async def work() -> Any:
-        session = await ctxalchemy.db_session(connection)
+        session = await ctxalchemy.db_session(db)
         await add_note(session, "committed")
         return session
 
     session = await run(ctxalchemy, work)
-    assert await database.notes() == ["committed"]
+    assert await schema.notes() == ["committed"]
     assert not session.in_transaction()
-    assert await checked_out(connection) == 0
+    assert await checked_out(db) == 0
     assert not ctxalchemy.is_context_initiated()
 
 
 @both
-async def test_what_raises_is_rolled_back_and_closed(
-    ctxalchemy: ModuleType, database: Database, connection: Any, run: Any
-) -> None:
+async def test_what_raises_is_rolled_back_and_closed(ctxalchemy: ModuleType, schema: Schema, db: Any, run: Any) -> None:
     error = LookupError("on the way")
 
     async def work() -> None:
-        await add_note(await ctxalchemy.db_session(connection), "undone")
+        await add_note(await ctxalchemy.db_session(db), "undone")
         raise error
 
     with pytest.raises(LookupError) as caught:
         await run(ctxalchemy, work)
     assert caught.value is error
-    assert await database.notes() == []
-    assert await checked_out(connection) == 0
+    assert await schema.notes() == []
+    assert await checked_out(db) == 0
     assert not ctxalchemy.is_context_initiated()
 
 
 @both
 async def test_what_is_cancelled_is_rolled_back_and_closed(
-    ctxalchemy: ModuleType, database: Database, connection: Any, run: Any
+    ctxalchemy: ModuleType, schema: Schema, db: Any, run: Any
 ) -> None:
     gate = Gate()
 
     async def work() -> None:
-        await add_note(await ctxalchemy.db_session(connection), "undone")
+        await add_note(await ctxalchemy.db_session(db), "undone")
         await gate()
 
     task = asyncio.create_task(run(ctxalchemy, work))
@@ -77,55 +73,53 @@ async def test_what_is_cancelled_is_rolled_back_and_closed(
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert await checked_out(connection) == 0
-    assert await database.notes() == []
-    assert await database.settled()
+    assert await checked_out(db) == 0
+    assert await schema.notes() == []
+    assert await schema.settled()
 
 
 @both
 async def test_a_failed_commit_comes_through_and_everything_is_closed(
-    ctxalchemy: ModuleType, database: Database, connection: Any, other: Any, run: Any
+    ctxalchemy: ModuleType, schema: Schema, db: Any, other_db: Any, run: Any
 ) -> None:
     async def work() -> None:
-        await break_commit(await ctxalchemy.db_session(connection))
-        await add_note(await ctxalchemy.db_session(other), "undone")
+        await break_commit(await ctxalchemy.db_session(db))
+        await add_note(await ctxalchemy.db_session(other_db), "undone")
 
     with pytest.raises(DBAPIError):
         await run(ctxalchemy, work)
-    assert await checked_out(connection) == await checked_out(other) == 0
-    assert await database.notes() == []
+    assert await checked_out(db) == await checked_out(other_db) == 0
+    assert await schema.notes() == []
 
 
 @both
 async def test_it_is_independent_of_the_context_around_it(
-    ctxalchemy: ModuleType, database: Database, connection: Any, other: Any, run: Any
+    ctxalchemy: ModuleType, schema: Schema, db: Any, other_db: Any, run: Any
 ) -> None:
     async def work() -> Any:
-        assert ctxalchemy.get_db_session_from_context(connection) is None
-        session = await ctxalchemy.db_session(other)
+        assert ctxalchemy.get_db_session_from_context(db) is None
+        session = await ctxalchemy.db_session(other_db)
         await add_note(session, "inner")
         return session
 
     async with ctxalchemy.new_ctx():
-        outer = await ctxalchemy.db_session(connection)
+        outer = await ctxalchemy.db_session(db)
         await add_note(outer, "outer")
         assert await run(ctxalchemy, work) is not outer
-        assert await ctxalchemy.db_session(connection) is outer
+        assert await ctxalchemy.db_session(db) is outer
         assert outer.in_transaction()
-        assert await database.notes() == ["inner"]
-    assert await database.notes() == ["inner", "outer"]
+        assert await schema.notes() == ["inner"]
+    assert await schema.notes() == ["inner", "outer"]
 
 
 @both
-async def test_what_it_leaves_behind_finds_the_context_closed(
-    ctxalchemy: ModuleType, connection: Any, run: Any
-) -> None:
+async def test_what_it_leaves_behind_finds_the_context_closed(ctxalchemy: ModuleType, db: Any, run: Any) -> None:
     gate = Gate()
     tasks = []
 
     async def late() -> None:
         await gate()
-        await ctxalchemy.db_session(connection)
+        await ctxalchemy.db_session(db)
 
     async def work() -> None:
         tasks.append(asyncio.create_task(late()))
@@ -159,13 +153,13 @@ async def test_a_function_that_is_not_async_is_refused(ctxalchemy: ModuleType) -
 
 
 async def test_queries_run_concurrently_each_in_a_transaction_of_its_own(
-    ctxalchemy: ModuleType, database: Database
+    ctxalchemy: ModuleType, schema: Schema
 ) -> None:
-    connection = database.connection(ctxalchemy, pool_size=2)
+    db = schema.db(ctxalchemy, pool_size=2)
     all_there = asyncio.Barrier(2)
 
     async def work(name: str, fails: bool) -> None:
-        await add_note(await ctxalchemy.db_session(connection), name)
+        await add_note(await ctxalchemy.db_session(db), name)
         await all_there.wait()
         if fails:
             raise LookupError(name)
@@ -177,29 +171,25 @@ async def test_queries_run_concurrently_each_in_a_transaction_of_its_own(
             return_exceptions=True,
         )
     assert [type(result) for result in results] == [type(None), LookupError]
-    assert await database.notes() == ["kept"]
-    assert await checked_out(connection) == 0
-    await connection.close()
+    assert await schema.notes() == ["kept"]
+    assert await checked_out(db) == 0
+    await db.close()
 
 
-async def test_a_block_may_be_left_early_and_is_committed(
-    ctxalchemy: ModuleType, database: Database, connection: Any
-) -> None:
+async def test_a_block_may_be_left_early_and_is_committed(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
     for name in ("first", "second"):
         async with ctxalchemy.new_ctx():
-            await add_note(await ctxalchemy.db_session(connection), name)
+            await add_note(await ctxalchemy.db_session(db), name)
             if name == "first":
                 continue
-    assert await database.notes() == ["first", "second"]
+    assert await schema.notes() == ["first", "second"]
 
 
-async def test_a_block_may_be_part_of_another_context_manager(
-    ctxalchemy: ModuleType, database: Database, connection: Any
-) -> None:
+async def test_a_block_may_be_part_of_another_context_manager(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
     @asynccontextmanager
     async def job(name: str) -> AsyncIterator[Any]:
         async with ctxalchemy.new_ctx():
-            session = await ctxalchemy.db_session(connection)
+            session = await ctxalchemy.db_session(db)
             await add_note(session, name)
             yield session
 
@@ -208,4 +198,4 @@ async def test_a_block_may_be_part_of_another_context_manager(
     with pytest.raises(LookupError):
         async with job("undone"):
             raise LookupError
-    assert await database.notes() == ["committed"]
+    assert await schema.notes() == ["committed"]

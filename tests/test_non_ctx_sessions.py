@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, InvalidRequestError
-from support.database import Database, add_note, add_note_and_fail, break_commit, checked_out
+from support.schema import Schema, add_note, add_note_and_fail, break_commit, checked_out
 from support.waiting import Gate
 
 if TYPE_CHECKING:
@@ -16,46 +16,42 @@ if TYPE_CHECKING:
 
 
 async def test_a_session_is_closed_at_the_end_and_what_was_not_committed_is_undone(
-    ctxalchemy: ModuleType, database: Database, connection: Any
+    ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
-    async with ctxalchemy.new_non_ctx_session(connection) as session:
+    async with ctxalchemy.new_non_ctx_session(db) as session:
         assert not session.in_transaction()
         await add_note(session, "committed")
         await session.commit()
         await add_note(session, "not committed")
-    assert await checked_out(connection) == 0
-    assert await database.notes() == ["committed"]
+    assert await checked_out(db) == 0
+    assert await schema.notes() == ["committed"]
     with pytest.raises(InvalidRequestError):
         await session.execute(text("SELECT 1"))
 
 
-async def test_an_atomic_session_is_committed_at_the_end(
-    ctxalchemy: ModuleType, database: Database, connection: Any
-) -> None:
-    async with ctxalchemy.new_non_ctx_atomic_session(connection) as session:
+async def test_an_atomic_session_is_committed_at_the_end(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
+    async with ctxalchemy.new_non_ctx_atomic_session(db) as session:
         assert session.in_transaction()
         await add_note(session, "committed")
-    assert await checked_out(connection) == 0
-    assert await database.notes() == ["committed"]
+    assert await checked_out(db) == 0
+    assert await schema.notes() == ["committed"]
 
 
 @pytest.mark.parametrize("name", ["new_non_ctx_session", "new_non_ctx_atomic_session"])
-async def test_an_error_undoes_it_and_comes_through(
-    ctxalchemy: ModuleType, database: Database, connection: Any, name: str
-) -> None:
+async def test_an_error_undoes_it_and_comes_through(ctxalchemy: ModuleType, schema: Schema, db: Any, name: str) -> None:
     with pytest.raises(LookupError, match="early"):
-        async with getattr(ctxalchemy, name)(connection) as session:
+        async with getattr(ctxalchemy, name)(db) as session:
             await add_note_and_fail(session, "undone", LookupError("early"))
-    assert await checked_out(connection) == 0
-    assert await database.notes() == []
+    assert await checked_out(db) == 0
+    assert await schema.notes() == []
 
 
 @pytest.mark.parametrize("name", ["new_non_ctx_session", "new_non_ctx_atomic_session"])
-async def test_a_cancellation_undoes_it(ctxalchemy: ModuleType, database: Database, connection: Any, name: str) -> None:
+async def test_a_cancellation_undoes_it(ctxalchemy: ModuleType, schema: Schema, db: Any, name: str) -> None:
     gate = Gate()
 
     async def work() -> None:
-        async with getattr(ctxalchemy, name)(connection) as session:
+        async with getattr(ctxalchemy, name)(db) as session:
             await add_note(session, "undone")
             await gate()
 
@@ -64,28 +60,28 @@ async def test_a_cancellation_undoes_it(ctxalchemy: ModuleType, database: Databa
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert await checked_out(connection) == 0
-    assert await database.notes() == []
-    assert await database.settled()
+    assert await checked_out(db) == 0
+    assert await schema.notes() == []
+    assert await schema.settled()
 
 
-async def test_a_failed_commit_comes_through(ctxalchemy: ModuleType, database: Database, connection: Any) -> None:
+async def test_a_failed_commit_comes_through(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
     with pytest.raises(DBAPIError):
-        async with ctxalchemy.new_non_ctx_atomic_session(connection) as session:
+        async with ctxalchemy.new_non_ctx_atomic_session(db) as session:
             await break_commit(session)
-    assert await checked_out(connection) == 0
-    assert await database.notes() == []
+    assert await checked_out(db) == 0
+    assert await schema.notes() == []
 
 
 @pytest.mark.parametrize("name", ["new_non_ctx_session", "new_non_ctx_atomic_session"])
 async def test_the_context_knows_nothing_of_them(
-    ctxalchemy: ModuleType, database: Database, connection: Any, other: Any, name: str
+    ctxalchemy: ModuleType, schema: Schema, db: Any, other_db: Any, name: str
 ) -> None:
     async with ctxalchemy.new_ctx():
-        async with getattr(ctxalchemy, name)(connection) as session:
-            assert ctxalchemy.get_db_session_from_context(connection) is None
+        async with getattr(ctxalchemy, name)(db) as session:
+            assert ctxalchemy.get_db_session_from_context(db) is None
             await add_note(session, "outside")
             await session.commit()
-            await add_note(await ctxalchemy.db_session(other), "inside")
-        assert await database.notes() == ["outside"]
-    assert await database.notes() == ["inside", "outside"]
+            await add_note(await ctxalchemy.db_session(other_db), "inside")
+        assert await schema.notes() == ["outside"]
+    assert await schema.notes() == ["inside", "outside"]

@@ -45,7 +45,7 @@ class Side:
         self.tokens: list[Any] = []
         self.sessions: list[Any] = [Session() for _ in range(6)]
         handler = self._prepare
-        self.connections = [
+        self.databases = [
             *(package.DBConnect.from_url("sqlite+aiosqlite://") for _ in range(3)),
             package.DBConnect.from_url("sqlite+aiosqlite://", before_create_session_handler=handler),
         ]
@@ -160,28 +160,28 @@ class Machine(RuleBasedStateMachine):
     def reset(self, context: int, token: int, with_close: bool) -> None:
         self.both(context, lambda side: side.package.reset_db_session_ctx(side.tokens[token], with_close))
 
-    @rule(context=contexts, connection=CONNECTIONS)
-    def db_session(self, context: int, connection: int) -> None:
-        self.both(context, lambda side: side.package.db_session(side.connections[connection]))
+    @rule(context=contexts, db=CONNECTIONS)
+    def db_session(self, context: int, db: int) -> None:
+        self.both(context, lambda side: side.package.db_session(side.databases[db]))
 
-    @rule(context=contexts, connection=CONNECTIONS)
-    def db_session_nowait(self, context: int, connection: int) -> None:
-        self.both(context, lambda side: side.package.db_session_nowait(side.connections[connection]))
+    @rule(context=contexts, db=CONNECTIONS)
+    def db_session_nowait(self, context: int, db: int) -> None:
+        self.both(context, lambda side: side.package.db_session_nowait(side.databases[db]))
 
-    @rule(context=contexts, connection=CONNECTIONS, session=PUT_IN)
-    def put(self, context: int, connection: int, session: int) -> None:
+    @rule(context=contexts, db=CONNECTIONS, session=PUT_IN)
+    def put(self, context: int, db: int, session: int) -> None:
         self.both(
             context,
-            lambda side: side.package.put_db_session_to_context(side.connections[connection], side.sessions[session]),
+            lambda side: side.package.put_db_session_to_context(side.databases[db], side.sessions[session]),
         )
 
     @rule(
         context=contexts,
-        connection=CONNECTIONS,
+        db=CONNECTIONS,
         name=st.sampled_from(["get_db_session_from_context", "pop_db_session_from_context", "close_db_session"]),
     )
-    def of_one(self, context: int, connection: int, name: str) -> None:
-        self.both(context, lambda side: getattr(side.package, name)(side.connections[connection]))
+    def of_one(self, context: int, db: int, name: str) -> None:
+        self.both(context, lambda side: getattr(side.package, name)(side.databases[db]))
 
     @rule(context=contexts)
     def close_all(self, context: int) -> None:
@@ -191,13 +191,13 @@ class Machine(RuleBasedStateMachine):
     def of_a_store(self, store: int, name: str) -> None:
         self.both(0, lambda side: getattr(side.stores[store], name)())
 
-    @rule(store=stores, connection=CONNECTIONS, session=PUT_IN)
-    def put_in_a_store(self, store: int, connection: int, session: int) -> None:
-        self.both(0, lambda side: side.stores[store].put(side.connections[connection], side.sessions[session]))
+    @rule(store=stores, db=CONNECTIONS, session=PUT_IN)
+    def put_in_a_store(self, store: int, db: int, session: int) -> None:
+        self.both(0, lambda side: side.stores[store].put(side.databases[db], side.sessions[session]))
 
-    @rule(store=stores, connection=CONNECTIONS, name=st.sampled_from(["get", "pop"]))
-    def of_one_in_a_store(self, store: int, connection: int, name: str) -> None:
-        self.both(0, lambda side: getattr(side.stores[store], name)(side.connections[connection]))
+    @rule(store=stores, db=CONNECTIONS, name=st.sampled_from(["get", "pop"]))
+    def of_one_in_a_store(self, store: int, db: int, name: str) -> None:
+        self.both(0, lambda side: getattr(side.stores[store], name)(side.databases[db]))
 
     @rule(
         context=contexts,

@@ -132,11 +132,11 @@ def test_the_frameworks_names_are_the_one_middleware(ctxalchemy: ModuleType) -> 
 
 
 async def test_the_functions_take_their_parameters_by_name(ctxalchemy: ModuleType) -> None:
-    connection = ctxalchemy.DBConnect.from_url(url="sqlite+aiosqlite://")
+    db = ctxalchemy.DBConnect.from_url(url="sqlite+aiosqlite://")
     token = ctxalchemy.init_db_session_ctx(force=True)
-    session = await ctxalchemy.db_session(connect=connection)
-    assert ctxalchemy.db_session_nowait(connect=connection) is session
-    assert ctxalchemy.get_db_session_from_context(connect=connection) is session
+    session = await ctxalchemy.db_session(connect=db)
+    assert ctxalchemy.db_session_nowait(connect=db) is session
+    assert ctxalchemy.get_db_session_from_context(connect=db) is session
     await ctxalchemy.reset_db_session_ctx(token=token, with_close=True)
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from support.apps import Answer, build, call
-from support.database import Database, add_note, add_note_and_fail, checked_out
+from support.schema import Schema, add_note, add_note_and_fail, checked_out
 from support.sessions import Journal, OverriddenSession, SessionDouble, maker_creator
 
 if TYPE_CHECKING:
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def journal(connection: Any) -> Journal:
+def journal(db: Any) -> Journal:
     """What was called of the overridden methods of the connection's sessions."""
     journal: Journal = []
-    connection.session_maker_creator = maker_creator(class_=OverriddenSession, info={"journal": journal})
+    db.session_maker_creator = maker_creator(class_=OverriddenSession, info={"journal": journal})
     return journal
 
 
@@ -34,100 +34,98 @@ def methods(journal: Journal) -> list[str]:
     ],
 )
 async def test_overridden_methods_are_called_for_all_sessions(
-    ctxalchemy: ModuleType, connection: Any, journal: Journal, settle: str, called: list[str]
+    ctxalchemy: ModuleType, db: Any, journal: Journal, settle: str, called: list[str]
 ) -> None:
     async with ctxalchemy.new_ctx():
-        await add_note(await ctxalchemy.db_session(connection), "any")
+        await add_note(await ctxalchemy.db_session(db), "any")
         await getattr(ctxalchemy, settle)()
     assert methods(journal) == called
-    assert await checked_out(connection) == 0
+    assert await checked_out(db) == 0
 
 
 @pytest.mark.parametrize("method", ["commit", "rollback", "close"])
 async def test_overridden_methods_are_called_for_one_session(
-    ctxalchemy: ModuleType, connection: Any, journal: Journal, method: str
+    ctxalchemy: ModuleType, db: Any, journal: Journal, method: str
 ) -> None:
     async with ctxalchemy.new_ctx():
-        await add_note(await ctxalchemy.db_session(connection), "any")
-        await getattr(ctxalchemy, f"{method}_db_session")(connection)
+        await add_note(await ctxalchemy.db_session(db), "any")
+        await getattr(ctxalchemy, f"{method}_db_session")(db)
         assert methods(journal)[-1] == method
-        assert await checked_out(connection) == 0
+        assert await checked_out(db) == 0
 
 
 async def test_overridden_methods_are_called_by_the_atomic_block(
-    ctxalchemy: ModuleType, database: Database, connection: Any, journal: Journal
+    ctxalchemy: ModuleType, schema: Schema, db: Any, journal: Journal
 ) -> None:
     async with ctxalchemy.new_ctx():
-        async with ctxalchemy.atomic_db_session(connection) as session:
+        async with ctxalchemy.atomic_db_session(db) as session:
             await add_note(session, "kept")
         assert methods(journal) == ["commit"]
         with pytest.raises(LookupError):
-            async with ctxalchemy.atomic_db_session(connection) as session:
+            async with ctxalchemy.atomic_db_session(db) as session:
                 await add_note_and_fail(session, "undone", LookupError())
         assert methods(journal) == ["commit", "rollback"]
-    assert await database.notes() == ["kept"]
+    assert await schema.notes() == ["kept"]
 
 
 @pytest.mark.parametrize(("status", "called"), [(200, ["commit", "close"]), (500, ["rollback", "close"])])
 async def test_overridden_methods_are_called_by_the_middleware(
-    ctxalchemy: ModuleType, connection: Any, journal: Journal, status: int, called: list[str]
+    ctxalchemy: ModuleType, db: Any, journal: Journal, status: int, called: list[str]
 ) -> None:
     async def endpoint() -> Answer:
-        await add_note(await ctxalchemy.db_session(connection), "any")
+        await add_note(await ctxalchemy.db_session(db), "any")
         return Answer(status)
 
     await call(build("asgi", ctxalchemy, endpoint))
     assert methods(journal) == called
-    assert await checked_out(connection) == 0
+    assert await checked_out(db) == 0
 
 
 async def test_overridden_methods_are_called_for_sessions_outside_contexts(
-    ctxalchemy: ModuleType, connection: Any, journal: Journal
+    ctxalchemy: ModuleType, db: Any, journal: Journal
 ) -> None:
-    async with ctxalchemy.new_non_ctx_atomic_session(connection) as session:
+    async with ctxalchemy.new_non_ctx_atomic_session(db) as session:
         await add_note(session, "any")
     assert methods(journal) == ["commit", "close"]
 
 
-async def test_a_double_is_committed_and_closed_like_a_session(
-    ctxalchemy: ModuleType, connection: Any, other: Any
-) -> None:
+async def test_a_double_is_committed_and_closed_like_a_session(ctxalchemy: ModuleType, db: Any, other_db: Any) -> None:
     journal: Journal = []
     async with ctxalchemy.new_ctx():
-        for name, each in (("first", connection), ("second", other)):
+        for name, each in (("first", db), ("second", other_db)):
             ctxalchemy.put_db_session_to_context(each, SessionDouble(journal, name))
-        assert isinstance(await ctxalchemy.db_session(connection), SessionDouble)
+        assert isinstance(await ctxalchemy.db_session(db), SessionDouble)
     steps = ("flush", "commit", "close")
     assert journal == [(step, name) for step in steps for name in ("first", "second")]
 
 
-async def test_a_double_is_rolled_back_and_closed_like_a_session(ctxalchemy: ModuleType, connection: Any) -> None:
+async def test_a_double_is_rolled_back_and_closed_like_a_session(ctxalchemy: ModuleType, db: Any) -> None:
     journal: Journal = []
 
     async def endpoint() -> Answer:
-        ctxalchemy.put_db_session_to_context(connection, SessionDouble(journal))
+        ctxalchemy.put_db_session_to_context(db, SessionDouble(journal))
         return Answer(409)
 
     await call(build("asgi", ctxalchemy, endpoint))
     assert methods(journal) == ["rollback", "close"]
 
 
-async def test_a_double_serves_an_atomic_block(ctxalchemy: ModuleType, connection: Any) -> None:
+async def test_a_double_serves_an_atomic_block(ctxalchemy: ModuleType, db: Any) -> None:
     journal: Journal = []
     async with ctxalchemy.new_ctx():
-        ctxalchemy.put_db_session_to_context(connection, SessionDouble(journal))
-        async with ctxalchemy.atomic_db_session(connection, "rollback"):
+        ctxalchemy.put_db_session_to_context(db, SessionDouble(journal))
+        async with ctxalchemy.atomic_db_session(db, "rollback"):
             pass
         with pytest.raises(LookupError):
-            async with ctxalchemy.atomic_db_session(connection):
+            async with ctxalchemy.atomic_db_session(db):
                 raise LookupError
     assert methods(journal) == ["rollback", "begin", "commit", "begin", "rollback", "close"]
 
 
 @pytest.mark.parametrize("method", ["commit", "rollback", "close"])
-async def test_one_double_is_settled_like_a_session(ctxalchemy: ModuleType, connection: Any, method: str) -> None:
+async def test_one_double_is_settled_like_a_session(ctxalchemy: ModuleType, db: Any, method: str) -> None:
     journal: Journal = []
     async with ctxalchemy.new_ctx():
-        ctxalchemy.put_db_session_to_context(connection, SessionDouble(journal))
-        await getattr(ctxalchemy, f"{method}_db_session")(connection)
+        ctxalchemy.put_db_session_to_context(db, SessionDouble(journal))
+        await getattr(ctxalchemy, f"{method}_db_session")(db)
         assert methods(journal)[-1] == method

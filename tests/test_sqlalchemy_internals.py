@@ -18,7 +18,7 @@ from sqlalchemy.exc import DBAPIError, IllegalStateChangeError, InvalidRequestEr
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only, concurrency, greenlet_spawn
-from support.database import Database, needs_asyncpg
+from support.schema import Schema, needs_asyncpg
 from support.sessions import Note
 from support.waiting import Gate, eventually
 
@@ -31,10 +31,10 @@ each_driver = pytest.mark.parametrize("driver", [pytest.param("asyncpg", marks=n
 
 
 @asynccontextmanager
-async def engine_to(database: Database, driver: str, **options: Any) -> AsyncIterator[AsyncEngine]:
+async def engine_to(schema: Schema, driver: str, **options: Any) -> AsyncIterator[AsyncEngine]:
     """An engine over this driver, with a pool of one."""
-    url = make_url(database.url).set(drivername=f"postgresql+{driver}")
-    connect_args = Database(url.render_as_string(), database.name, database.observer).connect_args()
+    url = make_url(schema.url).set(drivername=f"postgresql+{driver}")
+    connect_args = Schema(url.render_as_string(), schema.name, schema.observer).connect_args()
     engine = create_async_engine(url, pool_size=1, max_overflow=0, connect_args=connect_args, **options)
     try:
         yield engine
@@ -43,8 +43,8 @@ async def engine_to(database: Database, driver: str, **options: Any) -> AsyncIte
 
 
 @pytest.fixture
-async def engine(database: Database) -> AsyncIterator[AsyncEngine]:
-    async with engine_to(database, "psycopg") as engine:
+async def engine(schema: Schema) -> AsyncIterator[AsyncEngine]:
+    async with engine_to(schema, "psycopg") as engine:
         yield engine
 
 
@@ -147,12 +147,12 @@ async def test_record_info_lasts_as_long_as_the_pool_entry(engine: AsyncEngine) 
 
 
 @needs_asyncpg
-async def test_the_adapter_of_asyncpg_is_locked_for_as_long_as_a_statement_takes(database: Database) -> None:
+async def test_the_adapter_of_asyncpg_is_locked_for_as_long_as_a_statement_takes(schema: Schema) -> None:
     """``_execute_mutex``, from before the BEGIN to the end of the statement."""
-    async with engine_to(database, "asyncpg") as engine, engine.connect() as connection:
+    async with engine_to(schema, "asyncpg") as engine, engine.connect() as connection:
         proxied = await connection.get_raw_connection()
         adapter: Any = proxied.dbapi_connection
-        await _assert_locked_in_a_statement(database, connection, adapter._execute_mutex)
+        await _assert_locked_in_a_statement(schema, connection, adapter._execute_mutex)
 
 
 @pytest.mark.skipif(
@@ -180,29 +180,29 @@ async def test_the_adapter_of_aiosqlite_is_locked_for_as_long_as_a_statement_tak
     await engine.dispose()
 
 
-async def test_psycopg_is_locked_for_as_long_as_a_statement_takes(database: Database) -> None:
+async def test_psycopg_is_locked_for_as_long_as_a_statement_takes(schema: Schema) -> None:
     """``AsyncConnection.lock``."""
-    async with engine_to(database, "psycopg") as engine, engine.connect() as connection:
+    async with engine_to(schema, "psycopg") as engine, engine.connect() as connection:
         driver_connection: Any = (await connection.get_raw_connection()).driver_connection
-        await _assert_locked_in_a_statement(database, connection, driver_connection.lock)
+        await _assert_locked_in_a_statement(schema, connection, driver_connection.lock)
 
 
-async def _assert_locked_in_a_statement(database: Database, connection: Any, lock: Any) -> None:
+async def _assert_locked_in_a_statement(schema: Schema, connection: Any, lock: Any) -> None:
     why = "drivers.is_in_use detects by it that a task is executing a statement"
     assert isinstance(lock, asyncio.Lock), why
     assert not lock.locked(), why
     task = asyncio.create_task(connection.execute(text("SELECT pg_sleep(0.3)")))
     await asyncio.sleep(0)
     assert lock.locked(), f"{why}, from before the BEGIN"
-    assert await eventually(lambda: _sleeps(database))
+    assert await eventually(lambda: _sleeps(schema))
     assert lock.locked(), why
     await task
     assert not lock.locked(), why
 
 
-async def _sleeps(database: Database) -> Any:
-    return await database.observer.fetchval(
-        "SELECT count(*) FROM pg_stat_activity WHERE application_name = $1 AND wait_event = 'PgSleep'", database.name
+async def _sleeps(schema: Schema) -> Any:
+    return await schema.observer.fetchval(
+        "SELECT count(*) FROM pg_stat_activity WHERE application_name = $1 AND wait_event = 'PgSleep'", schema.name
     )
 
 
@@ -223,13 +223,13 @@ async def test_a_lock_knows_who_is_next() -> None:
 
 
 @needs_asyncpg
-async def test_asyncpg_says_that_another_operation_is_in_progress(database: Database) -> None:
+async def test_asyncpg_says_that_another_operation_is_in_progress(schema: Schema) -> None:
     """The words of its error, which has no class of its own."""
-    async with engine_to(database, "asyncpg") as engine, engine.connect() as connection:
+    async with engine_to(schema, "asyncpg") as engine, engine.connect() as connection:
         await connection.execute(text("SELECT 1"))
         driver_connection: Any = (await connection.get_raw_connection()).driver_connection
         task = asyncio.create_task(driver_connection.execute("SELECT pg_sleep(0.3)"))
-        assert await eventually(lambda: _sleeps(database))
+        assert await eventually(lambda: _sleeps(schema))
         with pytest.raises(DBAPIError) as raised:
             await connection.commit()
         assert "another operation is in progress" in str(raised.value), (
@@ -239,7 +239,7 @@ async def test_asyncpg_says_that_another_operation_is_in_progress(database: Data
 
 
 @each_driver
-async def test_a_dialect_is_asked_at_each_error_on_a_connection(database: Database, driver: str) -> None:
+async def test_a_dialect_is_asked_at_each_error_on_a_connection(schema: Schema, driver: str) -> None:
     """``Dialect.is_disconnect``, whatever the listeners for ``handle_error`` do."""
     why = "guard notes by it on which connections a statement has failed"
     asked: list[object] = []
@@ -247,7 +247,7 @@ async def test_a_dialect_is_asked_at_each_error_on_a_connection(database: Databa
     def translate(_context: object) -> None:
         raise LookupError("an error of the application's own")
 
-    async with engine_to(database, driver) as engine:
+    async with engine_to(schema, driver) as engine:
         is_disconnect = engine.dialect.is_disconnect
 
         def ask(e: Any, connection: Any, cursor: Any) -> bool:
@@ -265,24 +265,24 @@ async def test_a_dialect_is_asked_at_each_error_on_a_connection(database: Databa
 
 
 @each_driver
-async def test_a_dialect_ends_a_connection_that_the_pool_does_not_know(database: Database, driver: str) -> None:
+async def test_a_dialect_ends_a_connection_that_the_pool_does_not_know(schema: Schema, driver: str) -> None:
     """``Dialect.do_terminate``."""
-    async with engine_to(database, driver) as engine, engine.connect() as connection:
+    async with engine_to(schema, driver) as engine, engine.connect() as connection:
         await connection.execute(text("SELECT 1"))
-        assert await database.backends() == ["idle in transaction"]
+        assert await schema.backends() == ["idle in transaction"]
         proxied = await connection.get_raw_connection()
         await greenlet_spawn(engine.dialect.do_terminate, proxied.dbapi_connection)
 
         async def ended() -> bool:
-            return await database.backends() == []
+            return await schema.backends() == []
 
         assert await eventually(ended), "guard.invalidate terminates connections with it"
         await connection.invalidate()
 
 
-async def test_psycopg_closes_without_waiting(database: Database) -> None:
+async def test_psycopg_closes_without_waiting(schema: Schema) -> None:
     """``AsyncConnection.pgconn.finish()``."""
-    async with engine_to(database, "psycopg") as engine, engine.connect() as connection:
+    async with engine_to(schema, "psycopg") as engine, engine.connect() as connection:
         driver_connection: Any = (await connection.get_raw_connection()).driver_connection
         driver_connection.pgconn.finish()
         assert driver_connection.closed, "drivers.cancel_statement closes psycopg with it if nothing can be awaited"

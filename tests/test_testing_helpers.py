@@ -9,78 +9,76 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import InvalidRequestError
 from support.apps import Answer, Kind, build, client_of, each_kind
-from support.database import Database, add_note, add_note_and_fail, checked_out, count_notes
+from support.schema import Schema, add_note, add_note_and_fail, checked_out, count_notes
 
 if TYPE_CHECKING:
     from types import ModuleType
 
 
-async def test_a_rollback_session_is_rolled_back_and_closed(
-    ctxalchemy: ModuleType, database: Database, connection: Any
-) -> None:
-    async with ctxalchemy.testing.rollback_session(connection) as session:
+async def test_a_rollback_session_is_rolled_back_and_closed(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
+    async with ctxalchemy.testing.rollback_session(db) as session:
         await add_note(session, "undone")
         assert await count_notes(session) == 1
         assert not ctxalchemy.is_context_initiated()
-    assert await checked_out(connection) == 0
-    assert await database.notes() == []
+    assert await checked_out(db) == 0
+    assert await schema.notes() == []
     with pytest.raises(InvalidRequestError):
         await session.execute(text("SELECT 1"))
 
 
 async def test_a_rollback_session_is_rolled_back_when_the_test_fails(
-    ctxalchemy: ModuleType, database: Database, connection: Any
+    ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     with pytest.raises(AssertionError, match="the test"):
-        async with ctxalchemy.testing.rollback_session(connection) as session:
+        async with ctxalchemy.testing.rollback_session(db) as session:
             await add_note_and_fail(session, "undone", AssertionError("the test"))
-    assert await checked_out(connection) == 0
-    assert await database.notes() == []
+    assert await checked_out(db) == 0
+    assert await schema.notes() == []
 
 
 async def test_a_test_context_forgets_its_sessions_and_leaves_them_to_the_test(
-    ctxalchemy: ModuleType, database: Database, connection: Any
+    ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     async with ctxalchemy.testing.set_test_context():
-        session = await ctxalchemy.db_session(connection)
+        session = await ctxalchemy.db_session(db)
         await add_note(session, "the test's")
     assert not ctxalchemy.is_context_initiated()
-    assert await database.notes() == []
+    assert await schema.notes() == []
     await session.commit()
     await session.close()
-    assert await database.notes() == ["the test's"]
+    assert await schema.notes() == ["the test's"]
 
 
 async def test_a_test_context_with_auto_close_commits_and_closes(
-    ctxalchemy: ModuleType, database: Database, connection: Any
+    ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     async with ctxalchemy.testing.set_test_context(auto_close=True):
-        session = await ctxalchemy.db_session(connection)
+        session = await ctxalchemy.db_session(db)
         await add_note(session, "committed")
-    assert await database.notes() == ["committed"]
-    assert await checked_out(connection) == 0
+    assert await schema.notes() == ["committed"]
+    assert await checked_out(db) == 0
     with pytest.raises(InvalidRequestError):
         await session.execute(text("SELECT 1"))
 
 
 async def test_a_test_context_with_auto_close_rolls_back_and_closes_when_the_test_fails(
-    ctxalchemy: ModuleType, database: Database, connection: Any
+    ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     with pytest.raises(AssertionError, match="the test"):
         async with ctxalchemy.testing.set_test_context(auto_close=True):
-            await add_note_and_fail(await ctxalchemy.db_session(connection), "undone", AssertionError("the test"))
-    assert await checked_out(connection) == 0
-    assert await database.notes() == []
+            await add_note_and_fail(await ctxalchemy.db_session(db), "undone", AssertionError("the test"))
+    assert await checked_out(db) == 0
+    assert await schema.notes() == []
     assert not ctxalchemy.is_context_initiated()
 
 
 @pytest.mark.parametrize("auto_close", [False, True])
-async def test_a_test_context_closes_for_good(ctxalchemy: ModuleType, connection: Any, auto_close: bool) -> None:
+async def test_a_test_context_closes_for_good(ctxalchemy: ModuleType, db: Any, auto_close: bool) -> None:
     closed = asyncio.Event()
 
     async def late() -> None:
         await closed.wait()
-        await ctxalchemy.db_session(connection)
+        await ctxalchemy.db_session(db)
 
     async with ctxalchemy.testing.set_test_context(auto_close):
         task = asyncio.create_task(late())
@@ -100,68 +98,68 @@ async def test_a_test_context_is_not_opened_in_another(ctxalchemy: ModuleType) -
 @each_kind
 @pytest.mark.parametrize("auto_close", [False, True])
 async def test_the_commits_of_an_application_are_undone_at_the_end(
-    ctxalchemy: ModuleType, database: Database, connection: Any, kind: Kind, auto_close: bool
+    ctxalchemy: ModuleType, schema: Schema, db: Any, kind: Kind, auto_close: bool
 ) -> None:
     async def endpoint() -> Answer:
-        async with ctxalchemy.atomic_db_session(connection) as session:
+        async with ctxalchemy.atomic_db_session(db) as session:
             await add_note(session, "from the application")
         await add_note(session, "rolled back by the application")
-        await ctxalchemy.rollback_db_session(connection)
+        await ctxalchemy.rollback_db_session(db)
         return Answer()
 
     testing = ctxalchemy.testing
     async with (
-        testing.rollback_session(connection) as session,
+        testing.rollback_session(db) as session,
         testing.set_test_context(auto_close),
-        testing.put_savepoint_session_in_ctx(connection, session),
+        testing.put_savepoint_session_in_ctx(db, session),
     ):
         await add_note(session, "from the test")
         async with client_of(build(kind, ctxalchemy, endpoint)) as client:
             assert (await client.get("/")).status_code == 200
         names = await session.scalars(text("SELECT name FROM note ORDER BY name"))
         assert list(names) == ["from the application", "from the test"]
-        assert await database.notes() == []
-    assert await database.notes() == []
-    assert await checked_out(connection) == 0
+        assert await schema.notes() == []
+    assert await schema.notes() == []
+    assert await checked_out(db) == 0
 
 
 async def test_a_savepoint_session_shares_the_database_connection(
-    ctxalchemy: ModuleType, database: Database, connection: Any
+    ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     testing = ctxalchemy.testing
-    async with testing.rollback_session(connection) as session, testing.set_test_context():
+    async with testing.rollback_session(db) as session, testing.set_test_context():
         await add_note(session, "before")
-        async with testing.put_savepoint_session_in_ctx(connection, session) as inner:
+        async with testing.put_savepoint_session_in_ctx(db, session) as inner:
             assert inner is not session
-            assert await ctxalchemy.db_session(connection) is inner
+            assert await ctxalchemy.db_session(db) is inner
             assert await count_notes(inner) == 1
             await add_note(inner, "committed")
             await inner.commit()
             await add_note(inner, "rolled back")
             await inner.rollback()
             assert await count_notes(session) == 2
-        assert ctxalchemy.get_db_session_from_context(connection) is None
+        assert ctxalchemy.get_db_session_from_context(db) is None
         assert session.in_transaction()
         assert await count_notes(session) == 2
-    assert await database.notes() == []
+    assert await schema.notes() == []
 
 
-async def test_a_savepoint_session_needs_a_context(ctxalchemy: ModuleType, connection: Any) -> None:
-    async with ctxalchemy.testing.rollback_session(connection) as session:
+async def test_a_savepoint_session_needs_a_context(ctxalchemy: ModuleType, db: Any) -> None:
+    async with ctxalchemy.testing.rollback_session(db) as session:
         with pytest.raises(ctxalchemy.ContextNotInitiatedError):
-            async with ctxalchemy.testing.put_savepoint_session_in_ctx(connection, session):
+            async with ctxalchemy.testing.put_savepoint_session_in_ctx(db, session):
                 pytest.fail("the block must not be entered")
         assert not session.in_transaction()
 
 
 async def test_a_savepoint_session_is_taken_out_when_the_test_fails(
-    ctxalchemy: ModuleType, database: Database, connection: Any
+    ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     testing = ctxalchemy.testing
-    async with testing.rollback_session(connection) as session, testing.set_test_context():
+    async with testing.rollback_session(db) as session, testing.set_test_context():
         with pytest.raises(AssertionError, match="the test"):
-            async with testing.put_savepoint_session_in_ctx(connection, session) as inner:
+            async with testing.put_savepoint_session_in_ctx(db, session) as inner:
                 await add_note_and_fail(inner, "undone", AssertionError("the test"))
-        assert ctxalchemy.get_db_session_from_context(connection) is None
+        assert ctxalchemy.get_db_session_from_context(db) is None
         assert await count_notes(session) == 0
-    assert await database.notes() == []
+    assert await schema.notes() == []

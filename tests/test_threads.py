@@ -8,7 +8,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from support.database import Database, add_note, checked_out, watched
+from support.schema import Schema, add_note, checked_out, watched
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
@@ -67,28 +67,28 @@ def test_the_gil_stays_off(ctxalchemy: ModuleType) -> None:
 def test_contexts_in_many_threads_are_kept_apart(ctxalchemy: ModuleType) -> None:
     """The connections are everyone's; the contexts and what is in them are each task's own."""
     core = ctxalchemy._backend
-    connections = [ctxalchemy.DBConnect.from_url("sqlite+aiosqlite://") for _ in range(5)]
+    databases = [ctxalchemy.DBConnect.from_url("sqlite+aiosqlite://") for _ in range(5)]
 
     async def task(number: int, turn: int) -> None:
         store = core.open_context()
         assert core.current_context() is store
-        mine = [Session((number, turn)) for _ in connections]
-        for connection, session in zip(connections, mine, strict=True):
-            ctxalchemy.put_db_session_to_context(connection, session)
+        mine = [Session((number, turn)) for _ in databases]
+        for db, session in zip(databases, mine, strict=True):
+            ctxalchemy.put_db_session_to_context(db, session)
             await asyncio.sleep(0)
-        for connection, session in zip(connections, mine, strict=True):
-            assert await ctxalchemy.db_session(connection) is session
-            assert ctxalchemy.db_session_nowait(connection) is session
-        assert store.pop(connections[2]) is mine[2]
+        for db, session in zip(databases, mine, strict=True):
+            assert await ctxalchemy.db_session(db) is session
+            assert ctxalchemy.db_session_nowait(db) is session
+        assert store.pop(databases[2]) is mine[2]
         inner = core.open_context()
         with pytest.raises(StopIteration) as stopped:
-            ctxalchemy.db_session(connections[0]).send(None)
+            ctxalchemy.db_session(databases[0]).send(None)
         assert stopped.value.value is not mine[0]
         inner.close()
         core.reset_context(inner)
         assert [session for _, session in store.close()] == [*mine[:2], *mine[3:]]
         with pytest.raises(ctxalchemy.ContextClosedError):
-            await ctxalchemy.db_session(connections[0])
+            await ctxalchemy.db_session(databases[0])
         core.reset_context(store)
         assert core.current_context() is None
 
@@ -115,12 +115,12 @@ def test_a_context_that_threads_share_stays_whole(ctxalchemy: ModuleType) -> Non
             session = Session((number, turn))
             store.put(own, session)
             assert store.get(own) is session
-            connection = shared[turn % len(shared)]
-            store.put(connection, (connection, session))
-            found = store.get(connection)
-            assert found is None or found[0] is connection
-            found = store.pop(connection)
-            assert found is None or found[0] is connection
+            db = shared[turn % len(shared)]
+            store.put(db, (db, session))
+            found = store.get(db)
+            assert found is None or found[0] is db
+            found = store.pop(db)
+            assert found is None or found[0] is db
             assert all(each[0] is key for key, each in store.items() if key in shared)
             assert 1 <= len(store) <= THREADS + len(shared)
             assert store.pop(own) is session
@@ -137,40 +137,40 @@ def test_a_context_that_threads_share_stays_whole(ctxalchemy: ModuleType) -> Non
     assert closed.items() == []
 
 
-async def test_a_connection_serves_many_event_loops_at_once(ctxalchemy: ModuleType, database: Database) -> None:
+async def test_a_connection_serves_many_event_loops_at_once(ctxalchemy: ModuleType, schema: Schema) -> None:
     """Each loop has an engine of its own, is closed with its loop, and disturbs no other."""
     if not GREENLET_IS_SAFE:
         pytest.skip("greenlet, which SQLAlchemy is built on, crashes without the GIL before 3.14")
     rounds, tasks = 4, 3
-    async with watched(database.connection(ctxalchemy, pool_size=tasks)) as connection:
+    async with watched(schema.db(ctxalchemy, pool_size=tasks)) as db:
         loops = set[int]()
         lock = threading.Lock()
         at_work = threading.Barrier(THREADS)
 
         async def request(name: str) -> None:
             async with ctxalchemy.new_ctx():
-                session = await ctxalchemy.db_session(connection)
-                assert ctxalchemy.db_session_nowait(connection) is session
+                session = await ctxalchemy.db_session(db)
+                assert ctxalchemy.db_session_nowait(db) is session
                 await add_note(session, name)
 
         async def work(number: int) -> None:
             with lock:
-                loops.add(id((await connection.session_maker()).kw["bind"]))
+                loops.add(id((await db.session_maker()).kw["bind"]))
             for turn in range(rounds):
                 await asyncio.gather(*(request(f"{number} {turn} {each}") for each in range(tasks)))
-            assert await checked_out(connection) == 0
+            assert await checked_out(db) == 0
             # All have their engines by now: who closes, closes those of the others too.
             await asyncio.to_thread(at_work.wait)
             if number == 0:
-                await connection.close()
+                await db.close()
             await asyncio.sleep(0.2)
             await request(f"{number} after the closing")
             await asyncio.to_thread(at_work.wait)
-            await (await connection.session_maker()).kw["bind"].dispose()
+            await (await db.session_maker()).kw["bind"].dispose()
 
         await asyncio.to_thread(in_threads, work)
         assert len(loops) == THREADS
         expected = {f"{n} {turn} {each}" for n in range(THREADS) for turn in range(rounds) for each in range(tasks)}
         expected |= {f"{number} after the closing" for number in range(THREADS)}
-        assert set(await database.notes()) == expected
-        assert await database.settled()
+        assert set(await schema.notes()) == expected
+        assert await schema.settled()

@@ -25,13 +25,13 @@ async def call(ctxalchemy: ModuleType, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SETTLING)
-async def test_settling_without_a_context_is_an_error(ctxalchemy: ModuleType, name: str) -> None:
+async def test_completing_without_a_context_is_an_error(ctxalchemy: ModuleType, name: str) -> None:
     with pytest.raises(ctxalchemy.ContextNotInitiatedError):
         await call(ctxalchemy, name)
 
 
 @pytest.mark.parametrize("name", SETTLING)
-async def test_settling_a_context_that_has_closed_is_an_error(ctxalchemy: ModuleType, name: str) -> None:
+async def test_completing_a_closed_context_is_an_error(ctxalchemy: ModuleType, name: str) -> None:
     store = ctxalchemy._backend.open_context()
     store.close()
     try:

@@ -61,39 +61,39 @@ async def before_commit(session: AsyncSession) -> None:
     await session.flush()
 
 
-async def connections() -> None:
-    connection = DBConnect(create_engine, create_session_maker, "localhost", before_create)
+async def databases() -> None:
+    db = DBConnect(create_engine, create_session_maker, "localhost", before_create)
     assert_type(DBConnect.from_url("sqlite+aiosqlite://", pool_size=5), DBConnect)
-    assert_type(connection.host, str | None)
-    assert_type(await connection.create_session(), AsyncSession)
-    assert_type(await connection.session_maker(), async_sessionmaker[AsyncSession])
-    assert_type(await connection.connect("first"), None)
-    assert_type(await connection.change_host("second"), None)
-    assert_type(await connection.close(), None)
+    assert_type(db.host, str | None)
+    assert_type(await db.create_session(), AsyncSession)
+    assert_type(await db.session_maker(), async_sessionmaker[AsyncSession])
+    assert_type(await db.connect("first"), None)
+    assert_type(await db.change_host("second"), None)
+    assert_type(await db.close(), None)
     DBConnect(create_session_maker, create_engine)  # type: ignore[arg-type]
 
 
-async def sessions(connection: DBConnect) -> None:
-    assert_type(await db_session(connection), AsyncSession)
-    assert_type(db_session_nowait(connection), AsyncSession)
-    assert_type(get_db_session_from_context(connection), AsyncSession | None)
-    assert_type(pop_db_session_from_context(connection), AsyncSession | None)
-    put_db_session_to_context(connection, await connection.create_session())
-    async with atomic_db_session(connection, "append") as session:
+async def sessions(db: DBConnect) -> None:
+    assert_type(await db_session(db), AsyncSession)
+    assert_type(db_session_nowait(db), AsyncSession)
+    assert_type(get_db_session_from_context(db), AsyncSession | None)
+    assert_type(pop_db_session_from_context(db), AsyncSession | None)
+    put_db_session_to_context(db, await db.create_session())
+    async with atomic_db_session(db, "append") as session:
         assert_type(session, AsyncSession)
-    async with new_non_ctx_session(connection) as session:
+    async with new_non_ctx_session(db) as session:
         assert_type(session, AsyncSession)
-    async with new_non_ctx_atomic_session(connection) as session:
+    async with new_non_ctx_atomic_session(db) as session:
         assert_type(session, AsyncSession)
     for settle in (commit_db_session, rollback_db_session, close_db_session):
-        await settle(connection)
+        await settle(db)
     for settle_all in (rollback_all_sessions, close_all_sessions):
         await settle_all()
     hook: BeforeCommitCallback = before_commit
     await commit_all_sessions(hook)
     await auto_commit_by_status_code(200, before_commit=hook)
     await db_session("connection")  # type: ignore[arg-type]
-    atomic_db_session(connection, "never")  # type: ignore[arg-type]
+    atomic_db_session(db, "never")  # type: ignore[arg-type]
 
 
 async def contexts() -> None:
@@ -126,11 +126,11 @@ def applications() -> None:
 
 
 @asynccontextmanager
-async def for_tests(connection: DBConnect) -> AsyncIterator[Any]:
+async def for_tests(db: DBConnect) -> AsyncIterator[Any]:
     async with (
-        rollback_session(connection) as session,
+        rollback_session(db) as session,
         set_test_context(auto_close=True),
-        put_savepoint_session_in_ctx(connection, session),
+        put_savepoint_session_in_ctx(db, session),
     ):
         assert_type(session, AsyncSession)
         yield session

@@ -6,14 +6,14 @@ import gc
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from support.database import watched
-from support.faults import psycopg_connection
+from support.faults import psycopg_db
+from support.schema import watched
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
     from types import ModuleType
 
-    from support.database import Database
+    from support.schema import Schema
 
 
 @pytest.fixture(autouse=True)
@@ -24,9 +24,9 @@ def no_garbage_collection() -> Iterator[None]:
 
 
 @pytest.fixture(params=["asyncpg", "psycopg"])
-async def driven(ctxalchemy: ModuleType, database: Database, request: pytest.FixtureRequest) -> AsyncIterator[Any]:
+async def driven(ctxalchemy: ModuleType, schema: Schema, request: pytest.FixtureRequest) -> AsyncIterator[Any]:
     """Like ``connection``, over either driver for PostgreSQL."""
     over_psycopg = request.param == "psycopg"
-    made = psycopg_connection(ctxalchemy, database) if over_psycopg else database.connection(ctxalchemy)
-    async with watched(made) as connection:
-        yield connection
+    made = psycopg_db(ctxalchemy, schema) if over_psycopg else schema.db(ctxalchemy)
+    async with watched(made) as db:
+        yield db

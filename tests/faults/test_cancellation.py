@@ -23,9 +23,9 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.routing import Route
 from support.apps import Answer, Kind, build, call, http_scope
 from support.cancelling import Manner, Run, sweep
-from support.database import Database, add_note, checked_out, needs_asyncpg
-from support.faults import CommitGate, assert_whole, psycopg_connection
+from support.faults import CommitGate, assert_whole, psycopg_db
 from support.interpreter import HAS_REFERENCE_COUNTS
+from support.schema import Schema, add_note, checked_out, needs_asyncpg
 from support.sessions import OverriddenSession, maker_creator
 from support.waiting import eventually
 
@@ -44,12 +44,12 @@ class World:
     The n-th commit on the connection called ``first`` writes the note ``first n``.
     """
 
-    def __init__(self, ctxalchemy: ModuleType, database: Database, connect: Any = None) -> None:
+    def __init__(self, ctxalchemy: ModuleType, schema: Schema, connect: Any = None) -> None:
         self.ctxalchemy = ctxalchemy
-        self.database = database
-        self._connect = connect or (lambda ctxalchemy, database: database.connection(ctxalchemy))
-        self.first = self.connection("first")
-        self.second = self.connection("second")
+        self.schema = schema
+        self._connect = connect or (lambda ctxalchemy, schema: schema.db(ctxalchemy))
+        self.first = self.db("first")
+        self.second = self.db("second")
         self.commits: Counter[str] = Counter()
         self.answers: list[int] = []
         self.uses_second = False
@@ -57,9 +57,9 @@ class World:
         self.raised: LookupError | None = None
         self.context_kept: bool | None = None
 
-    def connection(self, name: str, **options: Any) -> Any:
+    def db(self, name: str, **options: Any) -> Any:
         """A connection with a pool of one, whose COMMITs are counted as they go out."""
-        plain = self._connect(self.ctxalchemy, self.database)
+        plain = self._connect(self.ctxalchemy, self.schema)
 
         def create_engine(host: str) -> AsyncEngine:
             engine: AsyncEngine = plain.engine_creator(host)
@@ -70,17 +70,17 @@ class World:
         return self.ctxalchemy.DBConnect(create_engine, maker, plain.host, **options)
 
     @property
-    def connections(self) -> list[Any]:
+    def databases(self) -> list[Any]:
         """Those that the request uses."""
         return [self.first, self.second] if self.uses_second else [self.first]
 
-    async def session(self, connection: Any = None) -> AsyncSession:
-        session: AsyncSession = await self.ctxalchemy.db_session(connection or self.first)
+    async def session(self, db: Any = None) -> AsyncSession:
+        session: AsyncSession = await self.ctxalchemy.db_session(db or self.first)
         return session
 
-    async def add(self, name: str, connection: Any = None) -> None:
-        self.uses_second = self.uses_second or connection is self.second
-        await add_note(await self.session(connection), name)
+    async def add(self, name: str, db: Any = None) -> None:
+        self.uses_second = self.uses_second or db is self.second
+        await add_note(await self.session(db), name)
 
     async def serve(self, endpoint: Endpoint, kind: Kind = "asgi") -> None:
         await self.call(build(kind, self.ctxalchemy, endpoint))
@@ -411,9 +411,9 @@ async def prepared(world: World, shape: Shape) -> AsyncIterator[None]:
     if shape.maker:
         options["maker"] = maker_creator(**shape.maker)
     if options:
-        world.first = world.connection("first", **options)
+        world.first = world.db("first", **options)
     if "slow 1" in shape.notes:
-        await world.database.observer.execute(
+        await world.schema.observer.execute(
             "CREATE FUNCTION take_a_while() RETURNS trigger LANGUAGE plpgsql AS "
             "$$ BEGIN PERFORM pg_sleep(0.02); RETURN NULL; END $$;"
             "CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON note DEFERRABLE INITIALLY DEFERRED "
@@ -422,17 +422,17 @@ async def prepared(world: World, shape: Shape) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        for connection in (world.first, world.second):
-            await connection.close()
+        for db in (world.first, world.second):
+            await db.close()
 
 
 Check = Callable[[World, Run], Awaitable[None]]
 
 
 async def cancel_everywhere(world: World, shape: Shape, manner: Manner, check: Check) -> None:
-    ctxalchemy, database = world.ctxalchemy, world.database
+    ctxalchemy, schema = world.ctxalchemy, world.schema
     async with prepared(world, shape):
-        await assert_whole(ctxalchemy, database, world.first, world.second, notes=[])
+        await assert_whole(ctxalchemy, schema, world.first, world.second, notes=[])
         holder: asyncio.Task[None] | None = None
         turns = count()
 
@@ -447,10 +447,10 @@ async def cancel_everywhere(world: World, shape: Shape, manner: Manner, check: C
                 # A connection that psycopg was still opening is closed by its finalizer: the server would run out of
                 # them.
                 gc.collect()
-            await database.observer.execute("DELETE FROM note")
+            await schema.observer.execute("DELETE FROM note")
             if shape.opens:
-                for connection in world.connections:
-                    await connection.close()
+                for db in world.databases:
+                    await db.close()
             if shape.held:
                 holder = asyncio.create_task(hold())
                 assert await eventually(lambda: checked_out(world.first))
@@ -487,16 +487,16 @@ def story(error: BaseException | None) -> str:
 async def assert_nothing_left(world: World, shape: Shape, run: Run) -> None:
     """Nothing is left of the run, and what is committed is what may be."""
     commits, answers = world.commits.copy(), list(world.answers)
-    left = [await checked_out(connection) for connection in world.connections]
+    left = [await checked_out(db) for db in world.databases]
     assert not any(left)
     assert world.context_kept
-    assert await world.database.settled()
-    notes = await world.database.notes()
+    assert await world.schema.settled()
+    notes = await world.schema.notes()
     for note in shape.notes:
-        connection, number = note.replace("slow", "first").split()
-        if commits[connection] > int(number) or (not run.cancellations and shape.error is None):
+        db, number = note.replace("slow", "first").split()
+        if commits[db] > int(number) or (not run.cancellations and shape.error is None):
             assert note in notes, "a commit that was through is lost"
-        elif commits[connection] < int(number):
+        elif commits[db] < int(number):
             assert note not in notes, "it is committed without a COMMIT"
     if answers and answers[0] < 400 and shape.status is not None:
         assert set(notes) >= {note for note in shape.notes if note in ("first 1", "slow 1", "second 1")}
@@ -505,7 +505,7 @@ async def assert_nothing_left(world: World, shape: Shape, run: Run) -> None:
     if world.checked != run.point:
         # Of the other runs, the next run is the next request.
         world.checked = run.point
-        await assert_whole(world.ctxalchemy, world.database, *world.connections, notes=notes)
+        await assert_whole(world.ctxalchemy, world.schema, *world.databases, notes=notes)
 
 
 MANNERS: tuple[Manner, ...] = ("late", "again", "scope")
@@ -553,27 +553,27 @@ def check_of(shape: Shape, manner: Manner) -> Check:
 @pytest.mark.parametrize("manner", MANNERS)
 @pytest.mark.parametrize("name", SHAPES)
 async def test_a_request_that_is_cancelled_leaves_nothing_behind(
-    ctxalchemy: ModuleType, database: Database, name: str, manner: Manner
+    ctxalchemy: ModuleType, schema: Schema, name: str, manner: Manner
 ) -> None:
     shape = SHAPES[name]
-    await cancel_everywhere(World(ctxalchemy, database), shape, manner, check_of(shape, manner))
+    await cancel_everywhere(World(ctxalchemy, schema), shape, manner, check_of(shape, manner))
 
 
 @pytest.mark.parametrize("name", SHUT_DOWN)
 async def test_a_request_whose_clean_up_is_cancelled_with_everything_else_leaves_nothing_behind(
-    ctxalchemy: ModuleType, database: Database, name: str
+    ctxalchemy: ModuleType, schema: Schema, name: str
 ) -> None:
     shape = SHAPES[name]
-    await cancel_everywhere(World(ctxalchemy, database), shape, "everything", check_of(shape, "everything"))
+    await cancel_everywhere(World(ctxalchemy, schema), shape, "everything", check_of(shape, "everything"))
 
 
 @pytest.mark.parametrize("manner", ["again", "scope"])
 @pytest.mark.parametrize("name", BY_ITS_DRIVER)
 async def test_a_request_that_is_cancelled_over_psycopg_leaves_nothing_behind(
-    ctxalchemy: ModuleType, database: Database, name: str, manner: Manner
+    ctxalchemy: ModuleType, schema: Schema, name: str, manner: Manner
 ) -> None:
     shape = SHAPES[name]
-    world = World(ctxalchemy, database, psycopg_connection)
+    world = World(ctxalchemy, schema, psycopg_db)
     await cancel_everywhere(world, shape, manner, check_of(shape, manner))
 
 
@@ -593,7 +593,7 @@ async def test_a_request_that_is_cancelled_over_psycopg_leaves_nothing_behind(
     ],
 )
 async def test_a_request_that_is_thrown_away_leaves_nothing_behind(
-    ctxalchemy: ModuleType, database: Database, name: str
+    ctxalchemy: ModuleType, schema: Schema, name: str
 ) -> None:
     """SQLAlchemy cannot be thrown away quietly in the middle of a statement: it waits for its clean-up even so."""
 
@@ -602,7 +602,7 @@ async def test_a_request_that_is_thrown_away_leaves_nothing_behind(
             assert run.error is None or "coroutine ignored GeneratorExit" in story(run.error)
         await assert_nothing_left(world, SHAPES[name], run)
 
-    await cancel_everywhere(World(ctxalchemy, database), SHAPES[name], "thrown away", check)
+    await cancel_everywhere(World(ctxalchemy, schema), SHAPES[name], "thrown away", check)
 
 
 # --- single points -----------------------------------------------------------------------------------
@@ -610,16 +610,16 @@ async def test_a_request_that_is_thrown_away_leaves_nothing_behind(
 
 @pytest.mark.parametrize("later", [None, 0, 1, 2, 3, 4])
 async def test_who_is_cancelled_between_two_commits_learns_of_the_first(
-    ctxalchemy: ModuleType, database: Database, connection: Any, other: Any, third: Any, later: int | None
+    ctxalchemy: ModuleType, schema: Schema, db: Any, other_db: Any, third_db: Any, later: int | None
 ) -> None:
     """It is cancelled in the COMMIT of the second of three, and once more while the rest is rolled back."""
 
     async def endpoint() -> Answer:
-        for each, name in ((connection, "first"), (other, "slow second"), (third, "third")):
+        for each, name in ((db, "first"), (other_db, "slow second"), (third_db, "third")):
             await add_note(await ctxalchemy.db_session(each), name)
         return Answer()
 
-    async with CommitGate.close(database) as gate:
+    async with CommitGate.close(schema) as gate:
         request = asyncio.create_task(call(build("asgi", ctxalchemy, endpoint)))
         await gate.reached()
         request.cancel()
@@ -631,61 +631,59 @@ async def test_who_is_cancelled_between_two_commits_learns_of_the_first(
             await request
         told = story(caught.value)
     assert "1 session(s) had been committed" in told
-    assert await database.settled()
-    assert await database.notes() in (["first"], ["first", "slow second"])
-    await assert_whole(ctxalchemy, database, connection, other, third, notes=await database.notes())
+    assert await schema.settled()
+    assert await schema.notes() in (["first"], ["first", "slow second"])
+    await assert_whole(ctxalchemy, schema, db, other_db, third_db, notes=await schema.notes())
 
 
 async def test_a_request_in_process_that_is_given_up_leaves_the_outer_one_untouched(
-    ctxalchemy: ModuleType, database: Database, connection: Any, other: Any
+    ctxalchemy: ModuleType, schema: Schema, db: Any, other_db: Any
 ) -> None:
     async def inner() -> Answer:
-        session = await ctxalchemy.db_session(other)
+        session = await ctxalchemy.db_session(other_db)
         await add_note(session, "undone")
         await session.execute(text("SELECT pg_sleep(10)"))
         return Answer()
 
     async def outer() -> Answer:
-        session = await ctxalchemy.db_session(connection)
+        session = await ctxalchemy.db_session(db)
         await add_note(session, "before")
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.05):
                 await call(build("asgi", ctxalchemy, inner))
-        assert await checked_out(other) == 0
-        assert await ctxalchemy.db_session(connection) is session
+        assert await checked_out(other_db) == 0
+        assert await ctxalchemy.db_session(db) is session
         await add_note(session, "after")
         return Answer()
 
     sent = await call(build("asgi", ctxalchemy, outer))
     assert sent[0]["status"] == 200
-    await assert_whole(ctxalchemy, database, connection, other, notes=["before", "after"])
+    await assert_whole(ctxalchemy, schema, db, other_db, notes=["before", "after"])
 
 
 @needs_asyncpg
-async def test_the_server_gives_up_a_statement_whose_client_was_cut_off(
-    ctxalchemy: ModuleType, database: Database
-) -> None:
+async def test_the_server_gives_up_a_statement_whose_client_was_cut_off(ctxalchemy: ModuleType, schema: Schema) -> None:
     """Who is cancelled twice at once has no time to tell the server, which notices only when it looks.
 
     By default it looks when the statement is over; with ``client_connection_check_interval`` before.
     """
     settings = {
-        "search_path": database.name,
-        "application_name": database.name,
+        "search_path": schema.name,
+        "application_name": schema.name,
         "client_connection_check_interval": "50ms",
     }
-    connection = ctxalchemy.DBConnect.from_url(
-        database.url, pool_size=1, max_overflow=0, pool_timeout=5, connect_args={"server_settings": settings}
+    db = ctxalchemy.DBConnect.from_url(
+        schema.url, pool_size=1, max_overflow=0, pool_timeout=5, connect_args={"server_settings": settings}
     )
 
     async def endpoint() -> Answer:
-        session = await ctxalchemy.db_session(connection)
+        session = await ctxalchemy.db_session(db)
         await add_note(session, "undone")
         await session.execute(text("SELECT pg_sleep(60)"))
         return Answer()
 
     async def sleeps() -> bool:
-        return await database.backends() == ["active"]
+        return await schema.backends() == ["active"]
 
     request = asyncio.create_task(call(build("asgi", ctxalchemy, endpoint)))
     assert await eventually(sleeps)
@@ -697,6 +695,6 @@ async def test_the_server_gives_up_a_statement_whose_client_was_cut_off(
         for task in asyncio.all_tasks() - former | {request}:
             task.cancel()
     assert request.cancelled()
-    assert await database.settled()
-    await assert_whole(ctxalchemy, database, connection, notes=[])
-    await connection.close()
+    assert await schema.settled()
+    await assert_whole(ctxalchemy, schema, db, notes=[])
+    await db.close()

@@ -15,20 +15,20 @@ from starlette.middleware import Middleware
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from support.apps import KINDS, TRANSPORTS, Answer, Kind, Transport, bare_app, build, call
-from support.database import add_note, break_commit, checked_out, count_notes, needs_asyncpg
 from support.faults import (
     CommitGate,
-    SQLiteDatabase,
+    SQLiteFile,
     Wire,
     Witness,
     assert_whole,
     client_of,
-    connection_with,
+    db_with,
     pids,
-    psycopg_connection,
+    psycopg_db,
     serve,
     sleeping,
 )
+from support.schema import add_note, break_commit, checked_out, count_notes, needs_asyncpg
 from support.sessions import Note, OverriddenSession
 from support.waiting import eventually
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from sqlalchemy.ext.asyncio import AsyncEngine
-    from support.database import Database
+    from support.schema import Schema
 
 
 def is_refused(error: BaseException | None) -> bool:
@@ -51,26 +51,26 @@ def is_refused(error: BaseException | None) -> bool:
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("kind", KINDS)
 async def test_a_commit_that_fails_is_never_a_success(
-    ctxalchemy: ModuleType, database: Database, connection: Any, kind: Kind, transport: Transport
+    ctxalchemy: ModuleType, schema: Schema, db: Any, kind: Kind, transport: Transport
 ) -> None:
     async def endpoint() -> Answer:
-        session = await ctxalchemy.db_session(connection)
+        session = await ctxalchemy.db_session(db)
         await add_note(session, "lost")
         await break_commit(session)
         return Answer(201)
 
-    witness = Witness(ctxalchemy, build(kind, ctxalchemy, endpoint), connection)
+    witness = Witness(ctxalchemy, build(kind, ctxalchemy, endpoint), db)
     async with client_of(witness, transport) as client:
         response = await client.get("/")
     assert response.status_code == 500
     assert b"done" not in response.content
     assert 201 not in witness.statuses
     assert is_refused(await witness.error())
-    await assert_whole(ctxalchemy, database, connection, notes=[])
+    await assert_whole(ctxalchemy, schema, db, notes=[])
 
 
 async def test_a_commit_that_fails_is_never_a_success_over_either_driver(
-    ctxalchemy: ModuleType, database: Database, driven: Any
+    ctxalchemy: ModuleType, schema: Schema, driven: Any
 ) -> None:
     async def endpoint() -> Answer:
         session = await ctxalchemy.db_session(driven)
@@ -82,49 +82,49 @@ async def test_a_commit_that_fails_is_never_a_success_over_either_driver(
     with pytest.raises(IntegrityError, match="child_note_fkey"):
         await call(witness)
     assert witness.sent == []
-    await assert_whole(ctxalchemy, database, driven, notes=[])
+    await assert_whole(ctxalchemy, schema, driven, notes=[])
 
 
 async def test_a_commit_that_fails_is_never_a_success_on_sqlite(ctxalchemy: ModuleType, tmp_path: Path) -> None:
-    database = await SQLiteDatabase.create(tmp_path / "notes.sqlite3")
-    connection = database.connection(ctxalchemy)
+    schema = await SQLiteFile.create(tmp_path / "notes.sqlite3")
+    db = schema.db(ctxalchemy)
 
     async def endpoint() -> Answer:
-        session = await ctxalchemy.db_session(connection)
+        session = await ctxalchemy.db_session(db)
         await session.execute(text("PRAGMA foreign_keys = ON"))
         await add_note(session, "lost")
         await break_commit(session)
         return Answer()
 
-    witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), connection)
+    witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), db)
     with pytest.raises(IntegrityError, match="FOREIGN KEY"):
         await call(witness)
     assert witness.sent == []
-    await assert_whole(ctxalchemy, database, connection, notes=[])
-    await connection.close()
+    await assert_whole(ctxalchemy, schema, db, notes=[])
+    await db.close()
 
 
-async def test_a_commit_that_fails_in_an_overridden_session(ctxalchemy: ModuleType, database: Database) -> None:
-    connection = connection_with(ctxalchemy, database, OverriddenSession)
+async def test_a_commit_that_fails_in_an_overridden_session(ctxalchemy: ModuleType, schema: Schema) -> None:
+    db = db_with(ctxalchemy, schema, OverriddenSession)
     journal: list[tuple[str, str]] = []
 
     async def endpoint() -> Answer:
-        session = await ctxalchemy.db_session(connection)
+        session = await ctxalchemy.db_session(db)
         session.info["journal"] = journal
         await break_commit(session)
         return Answer()
 
-    witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), connection)
+    witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), db)
     with pytest.raises(IntegrityError, match="child_note_fkey"):
         await call(witness)
     assert witness.sent == []
     assert (journal[0], journal[-1]) == (("commit", "overridden"), ("close", "overridden"))
-    await assert_whole(ctxalchemy, database, connection, notes=[])
-    await connection.close()
+    await assert_whole(ctxalchemy, schema, db, notes=[])
+    await db.close()
 
 
 async def test_a_serialization_failure_at_commit_is_an_error_and_the_next_attempt_succeeds(
-    ctxalchemy: ModuleType, database: Database, driven: Any, other: Any
+    ctxalchemy: ModuleType, schema: Schema, driven: Any, other_db: Any
 ) -> None:
     """Write skew: each of two transactions counts the notes, and adds one. The first to commit wins."""
     attempts = answers = 0
@@ -137,7 +137,7 @@ async def test_a_serialization_failure_at_commit_is_an_error_and_the_next_attemp
         await count_notes(session)
         await add_note(session, f"attempt {attempts}")
         if attempts == 1:
-            async with ctxalchemy.new_non_ctx_atomic_session(other) as rival:
+            async with ctxalchemy.new_non_ctx_atomic_session(other_db) as rival:
                 await rival.connection(execution_options={"isolation_level": "SERIALIZABLE"})
                 await count_notes(rival)
                 await add_note(rival, "the rival's")
@@ -153,11 +153,11 @@ async def test_a_serialization_failure_at_commit_is_an_error_and_the_next_attemp
     assert getattr(failure.orig, "sqlstate", None) == "40001"
     assert answers == 2, "it was not the commit that failed"
     assert retried is None
-    await assert_whole(ctxalchemy, database, driven, other, notes=["the rival's", "attempt 2"])
+    await assert_whole(ctxalchemy, schema, driven, other_db, notes=["the rival's", "attempt 2"])
 
 
 async def test_a_transaction_that_the_server_has_aborted_is_no_success(
-    ctxalchemy: ModuleType, database: Database, driven: Any
+    ctxalchemy: ModuleType, schema: Schema, driven: Any
 ) -> None:
     """PostgreSQL answers COMMIT with ROLLBACK then, and drivers do not call that an error."""
 
@@ -171,37 +171,37 @@ async def test_a_transaction_that_the_server_has_aborted_is_no_success(
     witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), driven)
     async with client_of(witness) as client:
         response = await client.get("/")
-    assert await database.notes() == []
+    assert await schema.notes() == []
     assert response.status_code == 500
     assert isinstance(await witness.error(), DBAPIError | PendingRollbackError)
-    await assert_whole(ctxalchemy, database, driven, notes=[])
+    await assert_whole(ctxalchemy, schema, driven, notes=[])
 
 
 async def test_a_transaction_that_the_server_has_aborted_is_no_success_in_an_overridden_session(
-    ctxalchemy: ModuleType, database: Database
+    ctxalchemy: ModuleType, schema: Schema
 ) -> None:
-    connection = connection_with(ctxalchemy, database, OverriddenSession)
+    db = db_with(ctxalchemy, schema, OverriddenSession)
 
     async def endpoint() -> Answer:
-        session = await ctxalchemy.db_session(connection)
+        session = await ctxalchemy.db_session(db)
         await add_note(session, "lost")
         with pytest.raises(IntegrityError):
             await add_note(session, "lost")
         return Answer()
 
-    witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), connection)
+    witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), db)
     async with client_of(witness) as client:
         response = await client.get("/")
-    assert await database.notes() == []
+    assert await schema.notes() == []
     assert response.status_code == 500
     assert isinstance(await witness.error(), DBAPIError)
-    await assert_whole(ctxalchemy, database, connection, notes=[])
-    await connection.close()
+    await assert_whole(ctxalchemy, schema, db, notes=[])
+    await db.close()
 
 
 @pytest.mark.parametrize("of", ["the engine", "every engine"])
 async def test_a_listener_that_raises_an_error_of_its_own_hides_no_aborted_transaction(
-    ctxalchemy: ModuleType, database: Database, of: str
+    ctxalchemy: ModuleType, schema: Schema, of: str
 ) -> None:
     """SQLAlchemy asks no other listener then; those of the creator and of the class come before any of ours."""
 
@@ -216,14 +216,14 @@ async def test_a_listener_that_raises_an_error_of_its_own_hides_no_aborted_trans
         return engine
 
     async def endpoint() -> Answer:
-        session = await ctxalchemy.db_session(connection)
+        session = await ctxalchemy.db_session(db)
         await add_note(session, "lost")
         with pytest.raises(LookupError):
             await add_note(session, "lost")
         return Answer()
 
-    plain = database.connection(ctxalchemy)
-    connection = ctxalchemy.DBConnect(create_engine, plain.session_maker_creator, plain.host)
+    plain = schema.db(ctxalchemy)
+    db = ctxalchemy.DBConnect(create_engine, plain.session_maker_creator, plain.host)
     if of == "every engine":
         event.listen(Engine, "handle_error", translate)
     try:
@@ -232,19 +232,19 @@ async def test_a_listener_that_raises_an_error_of_its_own_hides_no_aborted_trans
     finally:
         if of == "every engine":
             event.remove(Engine, "handle_error", translate)
-    await assert_whole(ctxalchemy, database, connection, notes=[])
-    await connection.close()
+    await assert_whole(ctxalchemy, schema, db, notes=[])
+    await db.close()
 
 
 async def test_a_transaction_that_was_aborted_on_an_engine_of_the_application_is_no_success(
-    ctxalchemy: ModuleType, database: Database, connection: Any
+    ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     """It has not come from a ``DBConnect``: a session may be put into a context."""
-    engine = connection.engine_creator(connection.host)
+    engine = db.engine_creator(db.host)
 
     async def endpoint() -> Answer:
         session = AsyncSession(engine)
-        ctxalchemy.put_db_session_to_context(connection, session)
+        ctxalchemy.put_db_session_to_context(db, session)
         await add_note(session, "lost")
         with pytest.raises(IntegrityError):
             await add_note(session, "lost")
@@ -254,25 +254,25 @@ async def test_a_transaction_that_was_aborted_on_an_engine_of_the_application_is
         with pytest.raises(DBAPIError):
             await call(build("asgi", ctxalchemy, endpoint))
         assert engine.pool.checkedout() == 0
-    await assert_whole(ctxalchemy, database, connection, notes=[])
+    await assert_whole(ctxalchemy, schema, db, notes=[])
     await engine.dispose()
 
 
 @pytest.mark.parametrize("when", ["between statements", "in a statement"])
 async def test_a_connection_that_was_lost_before_the_commit_is_no_success_even_if_the_error_is_swallowed(
-    ctxalchemy: ModuleType, database: Database, driven: Any, when: str
+    ctxalchemy: ModuleType, schema: Schema, driven: Any, when: str
 ) -> None:
     async def endpoint() -> Answer:
         session = await ctxalchemy.db_session(driven)
         await add_note(session, "lost")
         if when == "between statements":
-            assert await database.terminate("idle in transaction") == 1
+            assert await schema.terminate("idle in transaction") == 1
             with pytest.raises(DBAPIError):
                 await count_notes(session)
         else:
             statement = asyncio.create_task(session.execute(text("SELECT pg_sleep(10)")))
-            assert await eventually(lambda: sleeping(database))
-            assert await database.terminate("active") == 1
+            assert await eventually(lambda: sleeping(schema))
+            assert await schema.terminate("active") == 1
             with pytest.raises(DBAPIError):
                 await statement
         return Answer()
@@ -282,12 +282,10 @@ async def test_a_connection_that_was_lost_before_the_commit_is_no_success_even_i
         response = await client.get("/")
     assert response.status_code == 500
     assert isinstance(await witness.error(), DBAPIError | PendingRollbackError)
-    await assert_whole(ctxalchemy, database, driven, notes=[])
+    await assert_whole(ctxalchemy, schema, driven, notes=[])
 
 
-async def test_an_error_inside_a_savepoint_spoils_nothing(
-    ctxalchemy: ModuleType, database: Database, driven: Any
-) -> None:
+async def test_an_error_inside_a_savepoint_spoils_nothing(ctxalchemy: ModuleType, schema: Schema, driven: Any) -> None:
     async def endpoint() -> Answer:
         session = await ctxalchemy.db_session(driven)
         await add_note(session, "kept")
@@ -300,11 +298,11 @@ async def test_an_error_inside_a_savepoint_spoils_nothing(
     async with client_of(witness) as client:
         assert (await client.get("/")).status_code == 200
     assert await witness.error() is None
-    await assert_whole(ctxalchemy, database, driven, notes=["kept"])
+    await assert_whole(ctxalchemy, schema, driven, notes=["kept"])
 
 
 async def test_a_transaction_that_was_rolled_back_by_hand_after_an_error_is_a_fresh_one(
-    ctxalchemy: ModuleType, database: Database, driven: Any
+    ctxalchemy: ModuleType, schema: Schema, driven: Any
 ) -> None:
     async def endpoint() -> Answer:
         session = await ctxalchemy.db_session(driven)
@@ -319,7 +317,7 @@ async def test_a_transaction_that_was_rolled_back_by_hand_after_an_error_is_a_fr
     async with client_of(witness) as client:
         assert (await client.get("/")).status_code == 200
     assert await witness.error() is None
-    await assert_whole(ctxalchemy, database, driven, notes=["kept"])
+    await assert_whole(ctxalchemy, schema, driven, notes=["kept"])
 
 
 # --- the flush and the hook --------------------------------------------------------------------------
@@ -327,35 +325,35 @@ async def test_a_transaction_that_was_rolled_back_by_hand_after_an_error_is_a_fr
 
 @pytest.mark.parametrize("kind", KINDS)
 async def test_a_flush_that_fails_answers_with_an_error_and_keeps_the_connection(
-    ctxalchemy: ModuleType, database: Database, connection: Any, kind: Kind
+    ctxalchemy: ModuleType, schema: Schema, db: Any, kind: Kind
 ) -> None:
     async def endpoint() -> Answer:
-        session = await ctxalchemy.db_session(connection)
+        session = await ctxalchemy.db_session(db)
         await add_note(session, "twice")
         session.add(Note(name="twice"))
         return Answer()
 
     async def reading() -> Answer:
-        await count_notes(await ctxalchemy.db_session(connection))
+        await count_notes(await ctxalchemy.db_session(db))
         return Answer()
 
     await call(build("asgi", ctxalchemy, reading))
-    before = await pids(database)
-    witness = Witness(ctxalchemy, build(kind, ctxalchemy, endpoint), connection)
+    before = await pids(schema)
+    witness = Witness(ctxalchemy, build(kind, ctxalchemy, endpoint), db)
     async with client_of(witness) as client:
         assert (await client.get("/")).status_code == 500
     error = await witness.error()
     assert isinstance(error, IntegrityError)
     assert "note_pkey" in str(error)
-    await assert_whole(ctxalchemy, database, connection, notes=[])
+    await assert_whole(ctxalchemy, schema, db, notes=[])
     assert len(before) == 1
-    assert await pids(database) == before, "the state of the connection was known: it can be used again"
+    assert await pids(schema) == before, "the state of the connection was known: it can be used again"
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("when", ["at once", "after a write of its own"])
 async def test_a_hook_that_raises_commits_nothing_and_keeps_the_connection(
-    ctxalchemy: ModuleType, database: Database, connection: Any, kind: Kind, when: str
+    ctxalchemy: ModuleType, schema: Schema, db: Any, kind: Kind, when: str
 ) -> None:
     failure = LookupError("the hook")
 
@@ -365,37 +363,35 @@ async def test_a_hook_that_raises_commits_nothing_and_keeps_the_connection(
         raise failure
 
     async def endpoint() -> Answer:
-        await add_note(await ctxalchemy.db_session(connection), "lost")
+        await add_note(await ctxalchemy.db_session(db), "lost")
         return Answer()
 
-    witness = Witness(ctxalchemy, build(kind, ctxalchemy, endpoint, before_commit=before_commit), connection)
+    witness = Witness(ctxalchemy, build(kind, ctxalchemy, endpoint, before_commit=before_commit), db)
     async with client_of(witness) as client:
         assert (await client.get("/")).status_code == 500
     assert await witness.error() is failure
-    before = await pids(database)
-    await assert_whole(ctxalchemy, database, connection, notes=[])
+    before = await pids(schema)
+    await assert_whole(ctxalchemy, schema, db, notes=[])
     assert len(before) == 1
-    assert await pids(database) == before
+    assert await pids(schema) == before
 
 
-async def test_what_a_hook_writes_is_committed_with_the_rest(
-    ctxalchemy: ModuleType, database: Database, connection: Any
-) -> None:
+async def test_what_a_hook_writes_is_committed_with_the_rest(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
     async def before_commit(session: AsyncSession) -> None:
         await add_note(session, "the hook's")
 
     async def endpoint() -> Answer:
-        await add_note(await ctxalchemy.db_session(connection), "the endpoint's")
+        await add_note(await ctxalchemy.db_session(db), "the endpoint's")
         return Answer()
 
     async def on_start(_message: Any) -> None:
-        assert len(await database.notes()) == 2
+        assert len(await schema.notes()) == 2
 
     app = build("asgi", ctxalchemy, endpoint, before_commit=before_commit)
-    witness = Witness(ctxalchemy, app, connection, on_start=on_start)
+    witness = Witness(ctxalchemy, app, db, on_start=on_start)
     await call(witness)
     assert await witness.error() is None
-    await assert_whole(ctxalchemy, database, connection, notes=["the hook's", "the endpoint's"])
+    await assert_whole(ctxalchemy, schema, db, notes=["the hook's", "the endpoint's"])
 
 
 # --- the server goes away ----------------------------------------------------------------------------
@@ -403,39 +399,39 @@ async def test_what_a_hook_writes_is_committed_with_the_rest(
 
 @pytest.mark.parametrize("kind", KINDS[:2])
 async def test_the_server_ends_the_connection_before_the_commit(
-    ctxalchemy: ModuleType, database: Database, driven: Any, kind: Kind
+    ctxalchemy: ModuleType, schema: Schema, driven: Any, kind: Kind
 ) -> None:
     async def endpoint() -> Answer:
         await add_note(await ctxalchemy.db_session(driven), "lost")
-        assert await database.terminate("idle in transaction") == 1
+        assert await schema.terminate("idle in transaction") == 1
         return Answer()
 
     witness = Witness(ctxalchemy, build(kind, ctxalchemy, endpoint), driven)
     async with client_of(witness) as client:
         assert (await client.get("/")).status_code == 500
     assert isinstance(await witness.error(), DBAPIError)
-    await assert_whole(ctxalchemy, database, driven, notes=[])
+    await assert_whole(ctxalchemy, schema, driven, notes=[])
 
 
 @pytest.mark.parametrize("kind", KINDS[:2])
 async def test_the_server_ends_the_connection_during_the_commit(
-    ctxalchemy: ModuleType, database: Database, driven: Any, kind: Kind
+    ctxalchemy: ModuleType, schema: Schema, driven: Any, kind: Kind
 ) -> None:
     async def endpoint() -> Answer:
         await add_note(await ctxalchemy.db_session(driven), "slow and lost")
         return Answer()
 
     witness = Witness(ctxalchemy, build(kind, ctxalchemy, endpoint), driven)
-    async with CommitGate.close(database) as gate, client_of(witness) as client:
+    async with CommitGate.close(schema) as gate, client_of(witness) as client:
         request = asyncio.create_task(client.get("/"))
         await gate.reached()
-        assert await database.terminate("active") == 1
+        assert await schema.terminate("active") == 1
         assert (await request).status_code == 500
         assert isinstance(await witness.error(), DBAPIError)
-        await assert_whole(ctxalchemy, database, driven, notes=[])
+        await assert_whole(ctxalchemy, schema, driven, notes=[])
 
 
-async def test_the_server_cancels_the_commit(ctxalchemy: ModuleType, database: Database, driven: Any) -> None:
+async def test_the_server_cancels_the_commit(ctxalchemy: ModuleType, schema: Schema, driven: Any) -> None:
     """As by ``statement_timeout``."""
 
     async def endpoint() -> Answer:
@@ -443,103 +439,103 @@ async def test_the_server_cancels_the_commit(ctxalchemy: ModuleType, database: D
         return Answer()
 
     witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), driven)
-    async with CommitGate.close(database) as gate, client_of(witness) as client:
+    async with CommitGate.close(schema) as gate, client_of(witness) as client:
         request = asyncio.create_task(client.get("/"))
         await gate.reached()
-        for pid in await pids(database):
-            await database.observer.execute("SELECT pg_cancel_backend($1)", pid)
+        for pid in await pids(schema):
+            await schema.observer.execute("SELECT pg_cancel_backend($1)", pid)
         assert (await request).status_code == 500
         error = await witness.error()
         assert isinstance(error, DBAPIError)
         assert getattr(error.orig, "sqlstate", None) == "57014"
-        await assert_whole(ctxalchemy, database, driven, notes=[])
+        await assert_whole(ctxalchemy, schema, driven, notes=[])
 
 
 async def test_the_server_ends_the_connection_during_the_commit_of_an_overridden_session(
-    ctxalchemy: ModuleType, database: Database
+    ctxalchemy: ModuleType, schema: Schema
 ) -> None:
-    connection = connection_with(ctxalchemy, database, OverriddenSession)
+    db = db_with(ctxalchemy, schema, OverriddenSession)
 
     async def endpoint() -> Answer:
-        await add_note(await ctxalchemy.db_session(connection), "slow and lost")
+        await add_note(await ctxalchemy.db_session(db), "slow and lost")
         return Answer()
 
-    witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), connection)
-    async with CommitGate.close(database) as gate, client_of(witness) as client:
+    witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), db)
+    async with CommitGate.close(schema) as gate, client_of(witness) as client:
         request = asyncio.create_task(client.get("/"))
         await gate.reached()
-        assert await database.terminate("active") == 1
+        assert await schema.terminate("active") == 1
         assert (await request).status_code == 500
         assert isinstance(await witness.error(), DBAPIError)
-        await assert_whole(ctxalchemy, database, connection, notes=[])
-    await connection.close()
+        await assert_whole(ctxalchemy, schema, db, notes=[])
+    await db.close()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 async def test_the_server_ends_the_connection_after_the_commit(
-    ctxalchemy: ModuleType, database: Database, kind: Kind
+    ctxalchemy: ModuleType, schema: Schema, kind: Kind
 ) -> None:
     """The write is there, and so is the success; that the pool's connection is dead is for the next request."""
-    connection = database.connection(ctxalchemy, pool_pre_ping=True)
+    db = schema.db(ctxalchemy, pool_pre_ping=True)
 
     async def endpoint() -> Answer:
-        await add_note(await ctxalchemy.db_session(connection), "kept")
+        await add_note(await ctxalchemy.db_session(db), "kept")
         return Answer()
 
     async def terminate(_message: Any) -> None:
-        assert await database.terminate("idle") == 1
+        assert await schema.terminate("idle") == 1
 
-    witness = Witness(ctxalchemy, build(kind, ctxalchemy, endpoint), connection, on_start=terminate)
+    witness = Witness(ctxalchemy, build(kind, ctxalchemy, endpoint), db, on_start=terminate)
     async with client_of(witness) as client:
         assert (await client.get("/")).status_code == 200
     assert await witness.error() is None
-    await assert_whole(ctxalchemy, database, connection, notes=["kept"])
-    await connection.close()
+    await assert_whole(ctxalchemy, schema, db, notes=["kept"])
+    await db.close()
 
 
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
 async def test_the_connection_breaks_while_commit_is_on_its_way(
-    ctxalchemy: ModuleType, database: Database, driver: str
+    ctxalchemy: ModuleType, schema: Schema, driver: str
 ) -> None:
     """Nobody can know what became of the COMMIT then: it is no success."""
-    async with Wire.to(database.url) as wire:
-        over_wire = type(database)(wire.url(database.url), database.name, database.observer)
+    async with Wire.to(schema.url) as wire:
+        over_wire = type(schema)(wire.url(schema.url), schema.name, schema.observer)
         over_psycopg = driver == "psycopg"
-        connection = psycopg_connection(ctxalchemy, over_wire) if over_psycopg else over_wire.connection(ctxalchemy)
+        db = psycopg_db(ctxalchemy, over_wire) if over_psycopg else over_wire.db(ctxalchemy)
 
         async def endpoint() -> Answer:
-            await add_note(await ctxalchemy.db_session(connection), "lost")
+            await add_note(await ctxalchemy.db_session(db), "lost")
             wire.hold(b"COMMIT")
             return Answer()
 
-        witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), connection)
+        witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), db)
         async with client_of(witness) as client:
             request = asyncio.create_task(client.get("/"))
             await wire.held()
-            assert await database.terminate("idle in transaction") == 1
+            assert await schema.terminate("idle in transaction") == 1
             response = await request
             wire.release()
         assert response.status_code == 500
         assert isinstance(await witness.error(), DBAPIError)
-        await assert_whole(ctxalchemy, database, connection, notes=[])
-        await connection.close()
+        await assert_whole(ctxalchemy, schema, db, notes=[])
+        await db.close()
 
 
 @needs_asyncpg
 async def test_a_server_that_falls_silent_at_commit_is_waited_for_as_long_as_the_driver_says(
-    ctxalchemy: ModuleType, database: Database
+    ctxalchemy: ModuleType, schema: Schema
 ) -> None:
     """A cancellation does not cut the commit short: ``command_timeout`` does."""
-    async with Wire.to(database.url) as wire:
-        url = f"{wire.url(database.url)}?command_timeout=0.5"
-        connection = type(database)(url, database.name, database.observer).connection(ctxalchemy)
+    async with Wire.to(schema.url) as wire:
+        url = f"{wire.url(schema.url)}?command_timeout=0.5"
+        db = type(schema)(url, schema.name, schema.observer).db(ctxalchemy)
 
         async def endpoint() -> Answer:
-            await add_note(await ctxalchemy.db_session(connection), "lost")
+            await add_note(await ctxalchemy.db_session(db), "lost")
             wire.hold(b"COMMIT")
             return Answer()
 
-        witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), connection)
+        witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), db)
         started = asyncio.get_running_loop().time()
         request = asyncio.create_task(call(witness))
         await wire.held()
@@ -548,11 +544,11 @@ async def test_a_server_that_falls_silent_at_commit_is_waited_for_as_long_as_the
             await request
         # And what asyncpg gives itself to close.
         assert asyncio.get_running_loop().time() - started < 10
-        assert await checked_out(connection) == 0
-        assert await database.terminate("idle in transaction") == 1
+        assert await checked_out(db) == 0
+        assert await schema.terminate("idle in transaction") == 1
         wire.release()
-        await assert_whole(ctxalchemy, database, connection, notes=[])
-        await connection.close()
+        await assert_whole(ctxalchemy, schema, db, notes=[])
+        await db.close()
 
 
 # --- the commit takes its time -----------------------------------------------------------------------
@@ -560,14 +556,14 @@ async def test_a_server_that_falls_silent_at_commit_is_waited_for_as_long_as_the
 
 @pytest.mark.parametrize("kind", KINDS)
 async def test_no_byte_of_a_success_goes_out_before_its_commit_is_through(
-    ctxalchemy: ModuleType, database: Database, connection: Any, kind: Kind
+    ctxalchemy: ModuleType, schema: Schema, db: Any, kind: Kind
 ) -> None:
     async def endpoint() -> Answer:
-        await add_note(await ctxalchemy.db_session(connection), "slow and kept")
+        await add_note(await ctxalchemy.db_session(db), "slow and kept")
         return Answer()
 
-    witness = Witness(ctxalchemy, build(kind, ctxalchemy, endpoint), connection)
-    async with CommitGate.close(database) as gate, serve(witness) as url:
+    witness = Witness(ctxalchemy, build(kind, ctxalchemy, endpoint), db)
+    async with CommitGate.close(schema) as gate, serve(witness) as url:
         reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
         writer.write(b"GET / HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n")
         answer = asyncio.create_task(reader.read(1))
@@ -575,51 +571,51 @@ async def test_no_byte_of_a_success_goes_out_before_its_commit_is_through(
         done, _ = await asyncio.wait((answer,), timeout=0.2)
         assert not done
         assert witness.sent == []
-        assert await database.notes() == []
+        assert await schema.notes() == []
         await gate.open()
         first = await answer
-        assert await database.notes() == ["slow and kept"]
+        assert await schema.notes() == ["slow and kept"]
         received = first + await reader.read()
         writer.close()
     assert received.startswith(b"HTTP/1.1 200")
     assert b"done" in received
     assert await witness.error() is None
-    await assert_whole(ctxalchemy, database, connection, notes=["slow and kept"])
+    await assert_whole(ctxalchemy, schema, db, notes=["slow and kept"])
 
 
 async def test_a_client_reads_its_write_on_another_connection_at_once_every_time(
-    ctxalchemy: ModuleType, database: Database, connection: Any
+    ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     written: list[str] = []
 
     async def endpoint() -> Answer:
         written.append(f"note {len(written)}")
-        await add_note(await ctxalchemy.db_session(connection), written[-1])
+        await add_note(await ctxalchemy.db_session(db), written[-1])
         return Answer()
 
-    witness = Witness(ctxalchemy, build("starlette", ctxalchemy, endpoint), connection)
+    witness = Witness(ctxalchemy, build("starlette", ctxalchemy, endpoint), db)
     async with client_of(witness, "tcp") as client:
         for _ in range(50):
             async with client.stream("GET", "/") as response:
                 # The headers are here, the body need not be.
                 assert response.status_code == 200
-                assert await database.observer.fetchval("SELECT true FROM note WHERE name = $1", written[-1])
+                assert await schema.observer.fetchval("SELECT true FROM note WHERE name = $1", written[-1])
     assert await witness.errors() == [None] * 50
-    await assert_whole(ctxalchemy, database, connection, notes=written)
+    await assert_whole(ctxalchemy, schema, db, notes=written)
 
 
 async def test_requests_line_up_behind_a_slow_commit_on_a_pool_of_one(
-    ctxalchemy: ModuleType, database: Database, connection: Any
+    ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     names = iter(["slow", "second", "third"])
 
     async def endpoint() -> Answer:
         name = next(names)
-        await add_note(await ctxalchemy.db_session(connection), name)
+        await add_note(await ctxalchemy.db_session(db), name)
         return Answer()
 
     witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint))
-    async with CommitGate.close(database) as gate, client_of(witness) as client:
+    async with CommitGate.close(schema) as gate, client_of(witness) as client:
         requests = [asyncio.create_task(client.get("/"))]
         await gate.reached()
         requests += [asyncio.create_task(client.get("/")) for _ in range(2)]
@@ -628,7 +624,7 @@ async def test_requests_line_up_behind_a_slow_commit_on_a_pool_of_one(
         await gate.open()
         assert [response.status_code for response in await asyncio.gather(*requests)] == [200] * 3
     assert await witness.errors() == [None] * 3
-    await assert_whole(ctxalchemy, database, connection, notes=["slow", "second", "third"])
+    await assert_whole(ctxalchemy, schema, db, notes=["slow", "second", "third"])
 
 
 # --- the application meets the failed commit ---------------------------------------------------------
@@ -637,13 +633,13 @@ async def test_requests_line_up_behind_a_slow_commit_on_a_pool_of_one(
 class Answering:
     """An application that sends this, and what it does about the failure of the first message is up to it."""
 
-    def __init__(self, ctxalchemy: ModuleType, connection: Any, then: Any) -> None:
+    def __init__(self, ctxalchemy: ModuleType, db: Any, then: Any) -> None:
         self.ctxalchemy = ctxalchemy
-        self.connection = connection
+        self.db = db
         self.then = then
 
     async def __call__(self, _scope: Any, _receive: Any, send: Any) -> None:
-        session = await self.ctxalchemy.db_session(self.connection)
+        session = await self.ctxalchemy.db_session(self.db)
         await add_note(session, "lost")
         await break_commit(session)
         try:
@@ -659,20 +655,20 @@ async def answer(send: Any, status: int) -> None:
 
 @pytest.mark.parametrize("writes_again", [False, True], ids=["as it is", "writes again"])
 async def test_an_application_may_answer_a_failed_commit_with_an_error_of_its_own(
-    ctxalchemy: ModuleType, database: Database, connection: Any, writes_again: bool
+    ctxalchemy: ModuleType, schema: Schema, db: Any, writes_again: bool
 ) -> None:
     async def then(send: Any, session: AsyncSession, _error: Exception) -> None:
         if writes_again:
             await add_note(session, "lost too")
         await answer(send, 409)
 
-    app = ctxalchemy.ASGIHTTPDBSessionMiddleware(Answering(ctxalchemy, connection, then))
-    witness = Witness(ctxalchemy, app, connection)
+    app = ctxalchemy.ASGIHTTPDBSessionMiddleware(Answering(ctxalchemy, db, then))
+    witness = Witness(ctxalchemy, app, db)
     async with client_of(witness, "tcp") as client:
         response = await client.get("/")
     assert (response.status_code, response.content) == (409, b"answered")
     assert await witness.error() is None
-    await assert_whole(ctxalchemy, database, connection, notes=[])
+    await assert_whole(ctxalchemy, schema, db, notes=[])
 
 
 async def answer_success(send: Any, _session: Any, _error: Exception) -> None:
@@ -715,42 +711,42 @@ async def raise_another(_send: Any, _session: Any, _error: Exception) -> None:
     ],
 )
 async def test_an_application_that_swallows_a_failed_commit_does_not_get_a_success_out(
-    ctxalchemy: ModuleType, database: Database, connection: Any, then: Any
+    ctxalchemy: ModuleType, schema: Schema, db: Any, then: Any
 ) -> None:
-    app = ctxalchemy.ASGIHTTPDBSessionMiddleware(Answering(ctxalchemy, connection, then))
-    witness = Witness(ctxalchemy, app, connection)
+    app = ctxalchemy.ASGIHTTPDBSessionMiddleware(Answering(ctxalchemy, db, then))
+    witness = Witness(ctxalchemy, app, db)
     async with client_of(witness, "tcp") as client:
         response = await client.get("/")
     assert response.status_code == 500
     assert b"answered" not in response.content
     assert witness.sent == []
     assert is_refused(await witness.error())
-    await assert_whole(ctxalchemy, database, connection, notes=[])
+    await assert_whole(ctxalchemy, schema, db, notes=[])
 
 
 async def test_an_application_that_raises_an_error_of_its_own_over_a_failed_commit(
-    ctxalchemy: ModuleType, database: Database, connection: Any
+    ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
-    app = ctxalchemy.ASGIHTTPDBSessionMiddleware(Answering(ctxalchemy, connection, raise_another))
-    witness = Witness(ctxalchemy, app, connection)
+    app = ctxalchemy.ASGIHTTPDBSessionMiddleware(Answering(ctxalchemy, db, raise_another))
+    witness = Witness(ctxalchemy, app, db)
     async with client_of(witness) as client:
         assert (await client.get("/")).status_code == 500
     error = await witness.error()
     assert isinstance(error, LookupError)
     assert is_refused(error.__context__)
     assert witness.sent == []
-    await assert_whole(ctxalchemy, database, connection, notes=[])
+    await assert_whole(ctxalchemy, schema, db, notes=[])
 
 
 @pytest.mark.parametrize("form", ["starlette", "fastapi"])
 async def test_a_handler_outside_turns_a_failed_commit_into_an_error_response(
-    ctxalchemy: ModuleType, database: Database, connection: Any, form: str
+    ctxalchemy: ModuleType, schema: Schema, db: Any, form: str
 ) -> None:
     """The handler for 500 is in the error middleware, outside of all that users add."""
     seen: list[Exception] = []
 
     async def endpoint() -> Answer:
-        await break_commit(await ctxalchemy.db_session(connection))
+        await break_commit(await ctxalchemy.db_session(db))
         return Answer()
 
     async def handle(_request: Any, error: Exception) -> Response:
@@ -759,25 +755,25 @@ async def test_a_handler_outside_turns_a_failed_commit_into_an_error_response(
 
     app = build("starlette" if form == "starlette" else "fastapi", ctxalchemy, endpoint)
     app.add_exception_handler(Exception, handle)
-    witness = Witness(ctxalchemy, app, connection)
+    witness = Witness(ctxalchemy, app, db)
     async with client_of(witness, "tcp") as client:
         response = await client.get("/")
     assert (response.status_code, response.json()) == (409, {"error": "conflict"})
     # Starlette's error middleware raises it to the server as well.
     assert is_refused(await witness.error())
     assert [is_refused(error) for error in seen] == [True]
-    await assert_whole(ctxalchemy, database, connection, notes=[])
+    await assert_whole(ctxalchemy, schema, db, notes=[])
 
 
 @pytest.mark.parametrize("form", ["starlette", "fastapi"])
 async def test_a_handler_for_the_very_error_of_a_failed_commit_does_not_hide_it(
-    ctxalchemy: ModuleType, database: Database, connection: Any, form: str
+    ctxalchemy: ModuleType, schema: Schema, db: Any, form: str
 ) -> None:
     """Starlette's own handlers find the response started; the server still hears of the commit."""
 
     async def endpoint() -> Answer:
-        await add_note(await ctxalchemy.db_session(connection), "lost")
-        await break_commit(await ctxalchemy.db_session(connection))
+        await add_note(await ctxalchemy.db_session(db), "lost")
+        await break_commit(await ctxalchemy.db_session(db))
         return Answer()
 
     async def handle(_request: Any, _error: Exception) -> Response:
@@ -785,14 +781,14 @@ async def test_a_handler_for_the_very_error_of_a_failed_commit_does_not_hide_it(
 
     app = build("starlette" if form == "starlette" else "fastapi", ctxalchemy, endpoint)
     app.add_exception_handler(IntegrityError, handle)
-    witness = Witness(ctxalchemy, app, connection)
+    witness = Witness(ctxalchemy, app, db)
     async with client_of(witness, "tcp") as client:
         response = await client.get("/")
     assert response.status_code == 500
     assert b"handled" not in response.content
     error = await witness.error()
     assert is_refused(error) or (error is not None and is_refused(error.__cause__))
-    await assert_whole(ctxalchemy, database, connection, notes=[])
+    await assert_whole(ctxalchemy, schema, db, notes=[])
 
 
 class Conflicts:
@@ -810,68 +806,64 @@ class Conflicts:
 
 @pytest.mark.parametrize("place", ["outside", "inside"])
 async def test_a_middleware_of_the_application_turns_a_failed_commit_into_a_conflict(
-    ctxalchemy: ModuleType, database: Database, connection: Any, place: str
+    ctxalchemy: ModuleType, schema: Schema, db: Any, place: str
 ) -> None:
     async def endpoint(_request: Any) -> Response:
-        session = await ctxalchemy.db_session(connection)
+        session = await ctxalchemy.db_session(db)
         await add_note(session, "lost")
         await break_commit(session)
         return Response(b"done")
 
     stack = [Middleware(Conflicts), Middleware(ctxalchemy.ASGIHTTPDBSessionMiddleware)]
     app = Starlette(routes=[Route("/", endpoint)], middleware=stack if place == "outside" else stack[::-1])
-    witness = Witness(ctxalchemy, app, connection)
+    witness = Witness(ctxalchemy, app, db)
     async with client_of(witness, "tcp") as client:
         response = await client.get("/")
     assert (response.status_code, response.content) == (409, b"conflict")
     assert await witness.error() is None
-    await assert_whole(ctxalchemy, database, connection, notes=[])
+    await assert_whole(ctxalchemy, schema, db, notes=[])
 
 
-async def test_the_rollback_of_a_handled_error_fails(
-    ctxalchemy: ModuleType, database: Database, connection: Any
-) -> None:
+async def test_the_rollback_of_a_handled_error_fails(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
     """The error response does not go out either: the error reaches the server, and nothing is left."""
 
     async def endpoint() -> Answer:
-        await add_note(await ctxalchemy.db_session(connection), "lost")
-        assert await database.terminate("idle in transaction") == 1
+        await add_note(await ctxalchemy.db_session(db), "lost")
+        assert await schema.terminate("idle in transaction") == 1
         return Answer(404)
 
-    witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), connection)
+    witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), db)
     async with client_of(witness) as client:
         response = await client.get("/")
     error = await witness.error()
     assert (response.status_code, error is None) in [(404, True), (500, False)]
-    await assert_whole(ctxalchemy, database, connection, notes=[])
+    await assert_whole(ctxalchemy, schema, db, notes=[])
 
 
-async def test_a_commit_that_fails_in_the_dispatch_function(
-    ctxalchemy: ModuleType, database: Database, connection: Any
-) -> None:
+async def test_a_commit_that_fails_in_the_dispatch_function(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
     from starlette.middleware.base import BaseHTTPMiddleware
 
     async def endpoint(_request: Any) -> Response:
-        session = await ctxalchemy.db_session(connection)
+        session = await ctxalchemy.db_session(db)
         await add_note(session, "lost")
         await break_commit(session)
         return Response(b"done")
 
     app = Starlette(routes=[Route("/", endpoint)])
     app.add_middleware(BaseHTTPMiddleware, dispatch=ctxalchemy.starlette.starlette_http_db_session_middleware)
-    witness = Witness(ctxalchemy, app, connection)
+    witness = Witness(ctxalchemy, app, db)
     async with client_of(witness, "tcp") as client:
         assert (await client.get("/")).status_code == 500
     assert is_refused(await witness.error())
     assert 200 not in witness.statuses
-    await assert_whole(ctxalchemy, database, connection, notes=[])
+    await assert_whole(ctxalchemy, schema, db, notes=[])
 
 
 async def test_failed_and_good_requests_at_once_keep_to_themselves(
-    ctxalchemy: ModuleType, database: Database, connection: Any
+    ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     async def app(scope: Any, _receive: Any, send: Any) -> None:
-        session = await ctxalchemy.db_session(connection)
+        session = await ctxalchemy.db_session(db)
         number = int(scope["path"].strip("/"))
         await add_note(session, f"note {number}")
         if number % 2:
@@ -885,4 +877,4 @@ async def test_failed_and_good_requests_at_once_keep_to_themselves(
     errors = await witness.errors()
     assert sum(is_refused(error) for error in errors) == 10
     assert errors.count(None) == 10
-    await assert_whole(ctxalchemy, database, connection, notes=[f"note {n}" for n in range(0, 20, 2)])
+    await assert_whole(ctxalchemy, schema, db, notes=[f"note {n}" for n in range(0, 20, 2)])

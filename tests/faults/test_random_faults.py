@@ -12,7 +12,7 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 import pytest
-from support.database import needs_asyncpg
+from support.schema import needs_asyncpg
 from support.soak import Soak
 
 if TYPE_CHECKING:

@@ -19,10 +19,10 @@ class Session:
 
 def through_the_store(places: int) -> weakref.ref[Session]:
     session, store = Session(), SessionStore()
-    connections = [ctxalchemy.DBConnect.from_url("sqlite+aiosqlite://") for _ in range(places)]
+    databases = [ctxalchemy.DBConnect.from_url("sqlite+aiosqlite://") for _ in range(places)]
     session.store = store
-    for connection in connections:
-        store.put(connection, session)  # type: ignore[arg-type]
+    for db in databases:
+        store.put(db, session)  # type: ignore[arg-type]
     return weakref.ref(session)
 
 

@@ -13,30 +13,30 @@ from ctxalchemy._backend import open_context, reset_context
 SESSION = object()
 
 
-async def work(connection: DBConnect, rounds: int) -> None:
+async def work(db: DBConnect, rounds: int) -> None:
     for _ in range(rounds):
         store = open_context()
-        store.put(connection, SESSION)  # type: ignore[arg-type]
-        assert await db_session(connection) is SESSION
-        assert db_session_nowait(connection) is SESSION
+        store.put(db, SESSION)  # type: ignore[arg-type]
+        assert await db_session(db) is SESSION
+        assert db_session_nowait(db) is SESSION
         store.close()
         reset_context(store)
     async with new_ctx():
-        session = await db_session(connection)
+        session = await db_session(db)
         for _ in range(rounds):
-            assert await db_session(connection) is session
+            assert await db_session(db) is session
 
 
 async def main(rounds: int) -> None:
-    connection = DBConnect.from_url("sqlite+aiosqlite://")
-    await work(connection, 10_000)
+    db = DBConnect.from_url("sqlite+aiosqlite://")
+    await work(db, 10_000)
     gc.collect()
-    counts, peak = references(connection), peak_memory()
-    await work(connection, rounds)
+    counts, peak = references(db), peak_memory()
+    await work(db, rounds)
     gc.collect()
-    assert references(connection) == counts, (references(connection), counts)
+    assert references(db) == counts, (references(db), counts)
     assert peak_memory() - peak < 4 * 2**20, (peak_memory(), peak)
-    await connection.close()
+    await db.close()
 
 
 def peak_memory() -> int:
@@ -45,8 +45,8 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def references(connection: DBConnect) -> list[int]:
-    return [sys.getrefcount(each) for each in (connection, SESSION, db_session, type(db_session(connection).close()))]
+def references(db: DBConnect) -> list[int]:
+    return [sys.getrefcount(each) for each in (db, SESSION, db_session, type(db_session(db).close()))]
 
 
 if __name__ == "__main__":

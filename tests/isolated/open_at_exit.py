@@ -8,12 +8,12 @@ import threading
 from ctxalchemy import DBConnect, db_session, init_db_session_ctx
 from ctxalchemy._backend import current_context, open_context
 
-connection = DBConnect.from_url("sqlite+aiosqlite://")
+db = DBConnect.from_url("sqlite+aiosqlite://")
 
 
 async def open_one() -> None:
     init_db_session_ctx(force=True)
-    kept.append((await db_session(connection), current_context()))
+    kept.append((await db_session(db), current_context()))
 
 
 kept: list[object] = []

@@ -17,7 +17,7 @@ from sqlalchemy import make_url
 
 from .apps import Answer, build, call
 from .apps import client_of as client_in_process
-from .database import add_note, checked_out, connect, count_notes
+from .schema import add_note, checked_out, connect, count_notes
 from .sessions import maker_creator
 from .waiting import eventually
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from .apps import Message, Transport
-    from .database import Database, Observer
+    from .schema import Observer, Schema
 
 
 class Observed(Protocol):
@@ -43,7 +43,7 @@ class Observed(Protocol):
 
 
 async def assert_whole(
-    ctxalchemy: ModuleType, database: Observed, *connections: Any, notes: list[str], in_context: bool = False
+    ctxalchemy: ModuleType, schema: Observed, *databases: Any, notes: list[str], in_context: bool = False
 ) -> None:
     """Nothing is left of the fault: not in the context, the pools, the server; the next requests succeed.
 
@@ -56,21 +56,21 @@ async def assert_whole(
     """
     assert not gc.isenabled(), "the garbage collector may not help"
     assert ctxalchemy.is_context_initiated() is in_context
-    assert [await checked_out(connection) for connection in connections] == [0] * len(connections)
-    assert await database.settled()
-    assert Counter(await database.notes()) == Counter(notes)
+    assert [await checked_out(db) for db in databases] == [0] * len(databases)
+    assert await schema.settled()
+    assert Counter(await schema.notes()) == Counter(notes)
     if not in_context:
-        await assert_serves(ctxalchemy, *connections)
-        assert Counter(await database.notes()) == Counter([*notes, *(f"next {n}" for n in range(3 * len(connections)))])
+        await assert_serves(ctxalchemy, *databases)
+        assert Counter(await schema.notes()) == Counter([*notes, *(f"next {n}" for n in range(3 * len(databases)))])
 
 
-async def assert_serves(ctxalchemy: ModuleType, *connections: Any) -> None:
+async def assert_serves(ctxalchemy: ModuleType, *databases: Any) -> None:
     """The next three requests on each connection, with its pool of one, succeed.  They leave notes."""
-    for number in range(3 * len(connections)):
-        connection = connections[number // 3]
+    for number in range(3 * len(databases)):
+        db = databases[number // 3]
 
-        async def endpoint(connection: Any = connection, number: int = number) -> Answer:
-            session = await ctxalchemy.db_session(connection)
+        async def endpoint(db: Any = db, number: int = number) -> Answer:
+            session = await ctxalchemy.db_session(db)
             before = await count_notes(session)
             await add_note(session, f"next {number}")
             assert await count_notes(session) == before + 1
@@ -78,7 +78,7 @@ async def assert_serves(ctxalchemy: ModuleType, *connections: Any) -> None:
 
         sent = await asyncio.wait_for(call(build("asgi", ctxalchemy, endpoint)), 5)
         assert [message.get("status", message.get("body")) for message in sent] == [200, b"done"]
-        assert await checked_out(connection) == 0
+        assert await checked_out(db) == 0
         assert not ctxalchemy.is_context_initiated()
 
 
@@ -96,12 +96,12 @@ class Witness:
         self,
         ctxalchemy: ModuleType,
         app: Any,
-        *connections: Any,
+        *databases: Any,
         on_start: Callable[[Message], Awaitable[Any]] | None = None,
     ) -> None:
         self._ctxalchemy = ctxalchemy
         self._app = app
-        self._connections = connections
+        self._databases = databases
         self._on_start = on_start
         self._under_way = 0
         self._errors: list[BaseException | None] = []
@@ -125,9 +125,9 @@ class Witness:
             error = raised
             raise
         finally:
-            for connection in self._connections:
-                if left := await checked_out(connection):
-                    self.left_over.append(f"{left} of {connection} checked out")
+            for db in self._databases:
+                if left := await checked_out(db):
+                    self.left_over.append(f"{left} of {db} checked out")
             if self._ctxalchemy.is_context_initiated() is not before:
                 self.left_over.append("another context")
             self._errors.append(error)
@@ -181,8 +181,8 @@ async def serve(app: Any) -> AsyncIterator[str]:
         for each in server.servers:
             each.close()
         assert await eventually(all_returned)
-        for connection in list(server.server_state.connections):
-            connection.transport.close()
+        for db in list(server.server_state.connections):
+            db.transport.close()
         assert await eventually(all_closed)
         listener.close()
 
@@ -205,24 +205,24 @@ class CommitGate:
     its own: what it held back goes on at once, and may ask the observer while the gate is still opening.
     """
 
-    def __init__(self, database: Database, holder: Observer) -> None:
-        self._database = database
+    def __init__(self, schema: Schema, holder: Observer) -> None:
+        self._schema = schema
         self._holder = holder
 
     @classmethod
     @asynccontextmanager
-    async def close(cls, database: Database) -> AsyncIterator[CommitGate]:
-        key = crc32(database.name.encode())
-        await database.observer.execute(
+    async def close(cls, schema: Schema) -> AsyncIterator[CommitGate]:
+        key = crc32(schema.name.encode())
+        await schema.observer.execute(
             "CREATE FUNCTION wait_at_commit() RETURNS trigger LANGUAGE plpgsql AS "
             f"$$ BEGIN PERFORM pg_advisory_xact_lock({key}); RETURN NULL; END $$;"
             "CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON note DEFERRABLE INITIALLY DEFERRED "
             "FOR EACH ROW WHEN (NEW.name LIKE 'slow%') EXECUTE FUNCTION wait_at_commit();"
         )
-        holder = await connect(database.url)
+        holder = await connect(schema.url)
         try:
             await holder.execute(f"SELECT pg_advisory_lock({key})")
-            yield cls(database, holder)
+            yield cls(schema, holder)
         finally:
             await holder.close()
 
@@ -236,10 +236,10 @@ class CommitGate:
 
     async def held(self) -> int:
         """How many are held."""
-        count: int = await self._database.observer.fetchval(
+        count: int = await self._schema.observer.fetchval(
             "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE $1 AND wait_event = 'advisory'"
             " AND query ILIKE 'commit%'",
-            f"{self._database.name}%",
+            f"{self._schema.name}%",
         )
         return count
 
@@ -330,18 +330,18 @@ class Wire:
         target.close()
 
 
-def over_psycopg(database: Database) -> Database:
+def over_psycopg(schema: Schema) -> Schema:
     """The same database, for connections over psycopg."""
-    url = make_url(database.url).set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
-    return type(database)(url, database.name, database.observer)
+    url = make_url(schema.url).set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
+    return type(schema)(url, schema.name, schema.observer)
 
 
-def psycopg_connection(ctxalchemy: ModuleType, database: Database, **options: Any) -> Any:
+def psycopg_db(ctxalchemy: ModuleType, schema: Schema, **options: Any) -> Any:
     """A ``DBConnect`` to the database over psycopg, with a pool of one."""
-    return over_psycopg(database).connection(ctxalchemy, **options)
+    return over_psycopg(schema).db(ctxalchemy, **options)
 
 
-class SQLiteDatabase:
+class SQLiteFile:
     """A database in a file, with the tables of ``Database``, read by an observer on a connection of its own."""
 
     def __init__(self, path: Path) -> None:
@@ -349,16 +349,16 @@ class SQLiteDatabase:
         self._path = path
 
     @classmethod
-    async def create(cls, path: Path) -> SQLiteDatabase:
-        database = cls(path)
+    async def create(cls, path: Path) -> SQLiteFile:
+        schema = cls(path)
         await asyncio.to_thread(
-            database._run,
+            schema._run,
             "CREATE TABLE note (name text PRIMARY KEY);"
             "CREATE TABLE child (note text REFERENCES note DEFERRABLE INITIALLY DEFERRED);",
         )
-        return database
+        return schema
 
-    def connection(self, ctxalchemy: ModuleType, **options: Any) -> Any:
+    def db(self, ctxalchemy: ModuleType, **options: Any) -> Any:
         """A ``DBConnect`` to it over aiosqlite, with a pool of one."""
         return ctxalchemy.DBConnect.from_url(
             self.url, **({"pool_size": 1, "max_overflow": 0, "pool_timeout": 5} | options)
@@ -380,36 +380,36 @@ class SQLiteDatabase:
     def _run(self, script: str = "") -> list[str]:
         import sqlite3
 
-        connection = sqlite3.connect(self._path, timeout=5)
+        db = sqlite3.connect(self._path, timeout=5)
         try:
-            connection.executescript(script)
-            return [name for (name,) in connection.execute("SELECT name FROM note ORDER BY name")]
+            db.executescript(script)
+            return [name for (name,) in db.execute("SELECT name FROM note ORDER BY name")]
         finally:
-            connection.close()
+            db.close()
 
 
-async def pids(database: Database) -> set[int]:
+async def pids(schema: Schema) -> set[int]:
     """The server's processes that serve this database's users."""
-    rows = await database.observer.fetch(
-        "SELECT pid FROM pg_stat_activity WHERE application_name LIKE $1", f"{database.name}%"
+    rows = await schema.observer.fetch(
+        "SELECT pid FROM pg_stat_activity WHERE application_name LIKE $1", f"{schema.name}%"
     )
     return {row["pid"] for row in rows}
 
 
-def connection_with(ctxalchemy: ModuleType, database: Database, session_class: type[Any], **options: Any) -> Any:
+def db_with(ctxalchemy: ModuleType, schema: Schema, session_class: type[Any], **options: Any) -> Any:
     """A ``DBConnect`` to the database whose sessions are of this class, with a journal in their ``info``."""
-    plain = database.connection(ctxalchemy, **options)
+    plain = schema.db(ctxalchemy, **options)
     return ctxalchemy.DBConnect(
         plain.engine_creator, maker_creator(class_=session_class, info={"journal": []}), plain.host
     )
 
 
-async def sleeping(database: Database) -> bool:
+async def sleeping(schema: Schema) -> bool:
     """Whether the server is in the middle of a statement for a user of this database: in ``pg_sleep``, or in line."""
     return bool(
-        await database.observer.fetchval(
+        await schema.observer.fetchval(
             "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE $1 AND state = 'active'"
             " AND (wait_event = 'PgSleep' OR wait_event_type = 'Lock')",
-            f"{database.name}%",
+            f"{schema.name}%",
         )
     )

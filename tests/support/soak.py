@@ -19,8 +19,8 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from .apps import KINDS, Answer, Kind, build, call, http_scope
-from .database import Database, add_note, break_commit, checked_out, count_notes, pool_of
 from .faults import assert_serves
+from .schema import Schema, add_note, break_commit, checked_out, count_notes, pool_of
 from .server import serve
 
 if TYPE_CHECKING:
@@ -97,17 +97,17 @@ class Soak:
         seed: what all random decisions follow from.  What happens when, the seed does not decide.
     """
 
-    def __init__(self, ctxalchemy: ModuleType, database: Database, seed: int) -> None:
+    def __init__(self, ctxalchemy: ModuleType, schema: Schema, seed: int) -> None:
         self.seed = seed
         self.rounds = 0
         self.happened: Counter[str] = Counter()
         self.sizes: list[int] = []
         self._ctxalchemy = ctxalchemy
         self._backend = sys.modules.get("ctxalchemy._backend") or ctxalchemy._backend
-        self._database = database
+        self._schema = schema
         # Not over psycopg: interrupted in its own clean-up, it closes a socket that the event loop still watches,
         # and whoever gets that file descriptor next, such as a client in this process, fails.
-        self._connections = (database.connection(ctxalchemy, **POOL), database.connection(ctxalchemy, **POOL))
+        self._databases = (schema.db(ctxalchemy, **POOL), schema.db(ctxalchemy, **POOL))
         self._plan: ContextVar[Plan] = ContextVar("plan")
         self._plans: dict[int, Plan] = {}
         self._apps = {kind: build(kind, ctxalchemy, self._endpoint, before_commit=self._hook) for kind in KINDS}
@@ -119,13 +119,13 @@ class Soak:
     @classmethod
     @asynccontextmanager
     async def create(cls, ctxalchemy: ModuleType, server_url: str, seed: int) -> AsyncIterator[Soak]:
-        async with Database.create(server_url) as database:
-            soak = cls(ctxalchemy, database, seed)
+        async with Schema.create(server_url) as schema:
+            soak = cls(ctxalchemy, schema, seed)
             async with serve(soak._app, interface="asgi3") as url:
                 soak._port = int(url.rpartition(":")[2])
                 yield soak
-            for connection in soak._connections:
-                await connection.close()
+            for db in soak._databases:
+                await db.close()
 
     async def round(self) -> None:
         """Run a round, and balance the ledger."""
@@ -196,10 +196,10 @@ class Soak:
     async def _terminate_now_and_then(self, random: Random) -> None:
         while True:
             await asyncio.sleep(random.uniform(0.01, 0.08))
-            ended = await self._database.observer.fetch(
+            ended = await self._schema.observer.fetch(
                 "SELECT pg_terminate_backend(pid) FROM (SELECT pid FROM pg_stat_activity "
                 "WHERE application_name LIKE $1 ORDER BY md5(pid::text || $2) LIMIT 1) AS one",
-                f"{self._database.name}%",
+                f"{self._schema.name}%",
                 str(random.random()),
             )
             self.happened["terminated by the server"] += len(ended)
@@ -235,7 +235,7 @@ class Soak:
         package = self._ctxalchemy
         self._stores.append(weakref.ref(self._backend.current_context()))
         if plan.gathers:
-            first = self._connections[plan.databases[0]]
+            first = self._databases[plan.databases[0]]
             one, two = await asyncio.gather(package.db_session(first), package.db_session(first))
             if one is not two:
                 plan.wrong.append("it has two sessions for one connection")
@@ -243,8 +243,8 @@ class Soak:
             for database in plan.databases:
                 name = plan.name(f"{database} {number}")
                 plan.attempted.setdefault(database, []).append(name)
-                await add_note(await package.db_session(self._connections[database]), name)
-        last = await package.db_session(self._connections[plan.databases[-1]])
+                await add_note(await package.db_session(self._databases[database]), name)
+        last = await package.db_session(self._databases[plan.databases[-1]])
         self._sessions.append(weakref.ref(last))
         if plan.statement:
             await last.execute(text("SELECT pg_sleep(:seconds)"), {"seconds": plan.statement})
@@ -266,9 +266,9 @@ class Soak:
         )
 
     async def _stream(self, plan: Plan) -> AsyncIterator[bytes]:
-        connection = self._connections[plan.databases[0]]
+        db = self._databases[plan.databases[0]]
         for number in range(3):
-            session = await self._ctxalchemy.db_session(connection)
+            session = await self._ctxalchemy.db_session(db)
             yield str(await count_notes(session)).encode()
             name = plan.name(f"stream {number}")
             plan.may.add(name)
@@ -279,27 +279,27 @@ class Soak:
                 raise LookupError("in the stream")
 
     async def _background(self, plan: Plan) -> None:
-        connection = self._connections[plan.databases[0]]
+        db = self._databases[plan.databases[0]]
         name = plan.name("background")
         plan.may.add(name)
         if plan.after == "at the end":
-            await add_note(await self._ctxalchemy.db_session(connection), name)
+            await add_note(await self._ctxalchemy.db_session(db), name)
             return
-        async with self._ctxalchemy.atomic_db_session(connection) as session:
+        async with self._ctxalchemy.atomic_db_session(db) as session:
             await add_note(session, name)
         plan.must.add(name)
         if plan.after == "broken background":
             undone = plan.name("undone")
-            await add_note(await self._ctxalchemy.db_session(connection), undone)
+            await add_note(await self._ctxalchemy.db_session(db), undone)
             raise LookupError("in the background")
 
     async def _outlive(self, plan: Plan, session: AsyncSession) -> None:
         package = self._ctxalchemy
-        connection = self._connections[plan.databases[0]]
+        db = self._databases[plan.databases[0]]
         name = plan.name("late")
 
         async def write() -> None:
-            await add_note(await package.db_session(connection), name)
+            await add_note(await package.db_session(db), name)
 
         await asyncio.sleep(plan.idle + plan.statement)
         try:
@@ -340,23 +340,23 @@ class Soak:
             self.happened[f"answered with {plan.status}"] += 1
             if plan.error is not None:
                 self.happened[f"raised {type(plan.error).__name__}"] += 1
-        for connection in self._connections:
-            assert await checked_out(connection) == 0, f"{told}: a connection has not come back"
-        if not await self._database.settled():
-            raise AssertionError(f"{told}: a server process is still at it: {await self._database.activity()}")
-        notes = set(await self._database.notes())
+        for db in self._databases:
+            assert await checked_out(db) == 0, f"{told}: a connection has not come back"
+        if not await self._schema.settled():
+            raise AssertionError(f"{told}: a server process is still at it: {await self._schema.activity()}")
+        notes = set(await self._schema.notes())
         assert must <= notes, f"{told}: lost: {self._name(must - notes)}"
         assert notes <= must | may, f"{told}: not undone: {self._name(notes - must - may)}"
-        backends = len(await self._database.backends())
+        backends = len(await self._schema.backends())
         assert backends <= 2 * (POOL["pool_size"] + POOL["max_overflow"]), f"{told}: {backends} server processes"
         self.happened["writes that must be there"] += len(must)
         self.happened["writes that may be there"] += len(may - must)
 
-        await self._database.observer.execute("DELETE FROM note")
-        for connection in self._connections:
-            await self._assert_pooled_are_sound(connection)
-        await assert_serves(self._ctxalchemy, *self._connections)
-        await self._database.observer.execute("DELETE FROM note")
+        await self._schema.observer.execute("DELETE FROM note")
+        for db in self._databases:
+            await self._assert_pooled_are_sound(db)
+        await assert_serves(self._ctxalchemy, *self._databases)
+        await self._schema.observer.execute("DELETE FROM note")
         for plan in self._plans.values():
             # With its traceback it would keep everything alive.
             plan.error = None
@@ -373,10 +373,10 @@ class Soak:
         self.happened["contexts that something keeps"] = len(self._stores)
         self.sizes.append(len(gc.get_objects()))
 
-    async def _assert_pooled_are_sound(self, connection: Any) -> None:
+    async def _assert_pooled_are_sound(self, db: Any) -> None:
         """Each database connection in the pool works, or was ended by the server."""
-        pool = await pool_of(connection)
-        sessions = [await connection.create_session() for _ in range(pool.checkedin())]
+        pool = await pool_of(db)
+        sessions = [await db.create_session() for _ in range(pool.checkedin())]
         for session in sessions:
             try:
                 await count_notes(session)
@@ -401,10 +401,10 @@ class Soak:
             # What was committed or not after that, is told by the rest.
             pass
         elif isinstance(error, package.PartialCommitError):
-            for connection in error.committed:
-                must |= set(plan.attempted[self._connections.index(connection)])
+            for db in error.committed:
+                must |= set(plan.attempted[self._databases.index(db)])
             if not isinstance(error.__cause__, IntegrityError):
-                may |= set(plan.attempted[self._connections.index(error.failed[0])])
+                may |= set(plan.attempted[self._databases.index(error.failed[0])])
         elif plan.committing and not isinstance(error, IntegrityError):
             # Cancelled, or its connection lost, in COMMIT: nobody can know.
             may |= written

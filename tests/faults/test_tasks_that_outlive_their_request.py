@@ -12,8 +12,8 @@ from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession
 from support.apps import KINDS, Answer, Kind, build, call, http_scope
-from support.database import add_note, break_commit, checked_out, count_notes, pool_of
-from support.faults import CommitGate, Witness, assert_whole, client_of, connection_with, over_psycopg
+from support.faults import CommitGate, Witness, assert_whole, client_of, db_with, over_psycopg
+from support.schema import add_note, break_commit, checked_out, count_notes, pool_of
 from support.sessions import ClosingSession, Note, OverriddenSession, maker_creator
 from support.waiting import Gate, eventually
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from types import ModuleType
 
-    from support.database import Database
+    from support.schema import Schema
 
 ENDS = ("200", "404", "exception", "no response")
 
@@ -59,7 +59,7 @@ async def request(witness: Witness) -> None:
 
 @pytest.mark.parametrize("end", ENDS)
 async def test_a_task_that_asks_after_the_closing_is_told_so(
-    ctxalchemy: ModuleType, database: Database, connection: Any, end: str
+    ctxalchemy: ModuleType, schema: Schema, db: Any, end: str
 ) -> None:
     gate = Gate()
     tasks: list[asyncio.Task[Any]] = []
@@ -67,55 +67,55 @@ async def test_a_task_that_asks_after_the_closing_is_told_so(
     async def ask() -> Any:
         await gate()
         assert not ctxalchemy.is_context_initiated()
-        assert ctxalchemy.get_db_session_from_context(connection) is None
+        assert ctxalchemy.get_db_session_from_context(db) is None
         with pytest.raises(ctxalchemy.ContextClosedError):
-            ctxalchemy.db_session_nowait(connection)
+            ctxalchemy.db_session_nowait(db)
         with pytest.raises(ctxalchemy.ContextClosedError):
-            async with ctxalchemy.atomic_db_session(connection):
+            async with ctxalchemy.atomic_db_session(db):
                 pytest.fail("a closed context gave a session")
-        return await ctxalchemy.db_session(connection)
+        return await ctxalchemy.db_session(db)
 
     async def before() -> None:
-        await add_note(await ctxalchemy.db_session(connection), "written")
+        await add_note(await ctxalchemy.db_session(db), "written")
         tasks.append(asyncio.create_task(ask()))
 
     app, notes = ending(ctxalchemy, end, before)
-    witness = Witness(ctxalchemy, app, connection)
+    witness = Witness(ctxalchemy, app, db)
     await request(witness)
     await assert_ended(witness, end)
     gate.open()
     with pytest.raises(ctxalchemy.ContextClosedError, match=r"run_in_new_ctx\(\) or new_ctx\(\)"):
         await tasks[0]
-    await assert_whole(ctxalchemy, database, connection, notes=notes)
+    await assert_whole(ctxalchemy, schema, db, notes=notes)
 
 
 async def test_a_task_of_a_real_server_that_outlives_its_request_is_told_so(
-    ctxalchemy: ModuleType, database: Database, connection: Any
+    ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     tasks: list[asyncio.Task[Any]] = []
     gate = Gate()
 
     async def late() -> None:
         await gate()
-        await add_note(await ctxalchemy.db_session(connection), "lost")
+        await add_note(await ctxalchemy.db_session(db), "lost")
 
     async def endpoint() -> Answer:
-        await add_note(await ctxalchemy.db_session(connection), "written")
+        await add_note(await ctxalchemy.db_session(db), "written")
         tasks.append(asyncio.create_task(late()))
         return Answer()
 
-    witness = Witness(ctxalchemy, build("fastapi", ctxalchemy, endpoint), connection)
+    witness = Witness(ctxalchemy, build("fastapi", ctxalchemy, endpoint), db)
     async with client_of(witness, "tcp") as client:
         assert (await client.get("/")).status_code == 200
         assert await witness.error() is None
         gate.open()
         with pytest.raises(ctxalchemy.ContextClosedError):
             await tasks[0]
-    await assert_whole(ctxalchemy, database, connection, notes=["written"])
+    await assert_whole(ctxalchemy, schema, db, notes=["written"])
 
 
 async def test_a_task_that_asks_during_the_commit_joins_its_request(
-    ctxalchemy: ModuleType, database: Database, connection: Any
+    ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     sessions: list[AsyncSession] = []
     tasks: list[asyncio.Task[None]] = []
@@ -123,16 +123,16 @@ async def test_a_task_that_asks_during_the_commit_joins_its_request(
 
     async def ask() -> None:
         await gate()
-        sessions.append(await ctxalchemy.db_session(connection))
+        sessions.append(await ctxalchemy.db_session(db))
 
     async def endpoint() -> Answer:
-        sessions.append(await ctxalchemy.db_session(connection))
+        sessions.append(await ctxalchemy.db_session(db))
         await add_note(sessions[0], "slow")
         tasks.append(asyncio.create_task(ask()))
         return Answer()
 
-    witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), connection)
-    async with CommitGate.close(database) as commit:
+    witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), db)
+    async with CommitGate.close(schema) as commit:
         served = asyncio.create_task(call(witness))
         await commit.reached()
         gate.open()
@@ -141,7 +141,7 @@ async def test_a_task_that_asks_during_the_commit_joins_its_request(
         await served
     assert sessions[0] is sessions[1]
     assert await witness.error() is None
-    await assert_whole(ctxalchemy, database, connection, notes=["slow"])
+    await assert_whole(ctxalchemy, schema, db, notes=["slow"])
 
 
 class SlowToClose(AsyncSession):
@@ -154,24 +154,24 @@ class SlowToClose(AsyncSession):
 
 @pytest.mark.parametrize("end", ENDS)
 async def test_a_task_that_asks_during_the_closing_is_told_that_it_is_too_late(
-    ctxalchemy: ModuleType, database: Database, end: str
+    ctxalchemy: ModuleType, schema: Schema, end: str
 ) -> None:
-    connection = connection_with(ctxalchemy, database, SlowToClose)
+    db = db_with(ctxalchemy, schema, SlowToClose)
     gate, closing = Gate(), Gate()
     tasks: list[asyncio.Task[Any]] = []
 
     async def ask() -> Any:
         await gate()
-        return await ctxalchemy.db_session(connection)
+        return await ctxalchemy.db_session(db)
 
     async def before() -> None:
-        session = await ctxalchemy.db_session(connection)
+        session = await ctxalchemy.db_session(db)
         session.info["gate"] = closing
         await add_note(session, "written")
         tasks.append(asyncio.create_task(ask()))
 
     app, notes = ending(ctxalchemy, end, before)
-    witness = Witness(ctxalchemy, app, connection)
+    witness = Witness(ctxalchemy, app, db)
     served = asyncio.create_task(request(witness))
     await closing.reached()
     gate.open()
@@ -183,22 +183,22 @@ async def test_a_task_that_asks_during_the_closing_is_told_that_it_is_too_late(
     await assert_ended(witness, end)
 
     # The next ones need not wait.
-    await connection.close()
-    plain = database.connection(ctxalchemy)
-    await assert_whole(ctxalchemy, database, plain, notes=notes)
+    await db.close()
+    plain = schema.db(ctxalchemy)
+    await assert_whole(ctxalchemy, schema, plain, notes=notes)
     await plain.close()
 
 
 @pytest.mark.parametrize("how", ["run_in_new_ctx", "new_ctx"])
 @pytest.mark.parametrize("end", ENDS)
 async def test_a_late_task_with_a_context_of_its_own_succeeds(
-    ctxalchemy: ModuleType, database: Database, connection: Any, end: str, how: str
+    ctxalchemy: ModuleType, schema: Schema, db: Any, end: str, how: str
 ) -> None:
     gate = Gate()
     tasks: list[asyncio.Task[None]] = []
 
     async def write() -> None:
-        await add_note(await ctxalchemy.db_session(connection), "late")
+        await add_note(await ctxalchemy.db_session(db), "late")
 
     async def late() -> None:
         await gate()
@@ -209,30 +209,30 @@ async def test_a_late_task_with_a_context_of_its_own_succeeds(
                 await write()
 
     async def before() -> None:
-        await add_note(await ctxalchemy.db_session(connection), "written")
+        await add_note(await ctxalchemy.db_session(db), "written")
         tasks.append(asyncio.create_task(late()))
 
     app, notes = ending(ctxalchemy, end, before)
-    witness = Witness(ctxalchemy, app, connection)
+    witness = Witness(ctxalchemy, app, db)
     await request(witness)
     await assert_ended(witness, end)
     gate.open()
     await tasks[0]
-    await assert_whole(ctxalchemy, database, connection, notes=[*notes, "late"])
+    await assert_whole(ctxalchemy, schema, db, notes=[*notes, "late"])
 
 
 async def test_a_late_task_cannot_put_a_session_into_the_closed_context(
-    ctxalchemy: ModuleType, database: Database, connection: Any
+    ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     gate = Gate()
     tasks: list[asyncio.Task[None]] = []
 
     async def late() -> None:
         await gate()
-        async with ctxalchemy.new_non_ctx_session(connection) as session:
+        async with ctxalchemy.new_non_ctx_session(db) as session:
             with pytest.raises(ctxalchemy.ContextClosedError):
-                ctxalchemy.put_db_session_to_context(connection, session)
-        assert ctxalchemy.pop_db_session_from_context(connection) is None
+                ctxalchemy.put_db_session_to_context(db, session)
+        assert ctxalchemy.pop_db_session_from_context(db) is None
         for settle in (
             ctxalchemy.commit_all_sessions,
             ctxalchemy.rollback_all_sessions,
@@ -245,12 +245,12 @@ async def test_a_late_task_cannot_put_a_session_into_the_closed_context(
         tasks.append(asyncio.create_task(late()))
         return Answer()
 
-    witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), connection)
+    witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), db)
     await call(witness)
     gate.open()
     await tasks[0]
     assert await witness.error() is None
-    await assert_whole(ctxalchemy, database, connection, notes=[])
+    await assert_whole(ctxalchemy, schema, db, notes=[])
 
 
 # --- who holds the session itself --------------------------------------------------------------------
@@ -312,32 +312,32 @@ USES = (
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize("session_class", [AsyncSession, OverriddenSession])
 async def test_no_use_of_a_session_revives_it_after_the_closing(
-    ctxalchemy: ModuleType, database: Database, session_class: type[AsyncSession], use: Any
+    ctxalchemy: ModuleType, schema: Schema, session_class: type[AsyncSession], use: Any
 ) -> None:
-    connection = connection_with(ctxalchemy, database, session_class)
+    db = db_with(ctxalchemy, schema, session_class)
     held: list[AsyncSession] = []
 
     async def endpoint() -> Answer:
-        held.append(await ctxalchemy.db_session(connection))
+        held.append(await ctxalchemy.db_session(db))
         await add_note(held[0], "written")
         return Answer()
 
-    witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), connection)
+    witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), db)
     await call(witness)
     assert await witness.error() is None
     for _ in range(2):
         with pytest.raises(InvalidRequestError, match="closed"):
             await use(held[0])
-        assert await checked_out(connection) == 0
+        assert await checked_out(db) == 0
     assert not held[0].in_transaction()
-    await assert_whole(ctxalchemy, database, connection, notes=["written"])
-    await connection.close()
+    await assert_whole(ctxalchemy, schema, db, notes=["written"])
+    await db.close()
 
 
 @pytest.mark.parametrize("state", ["untouched", "in a transaction", "settled"])
 @pytest.mark.parametrize("end", ENDS)
 async def test_a_task_that_executes_on_the_session_after_the_closing_gets_an_error(
-    ctxalchemy: ModuleType, database: Database, connection: Any, end: str, state: str
+    ctxalchemy: ModuleType, schema: Schema, db: Any, end: str, state: str
 ) -> None:
     gate = Gate()
     tasks: list[asyncio.Task[None]] = []
@@ -347,7 +347,7 @@ async def test_a_task_that_executes_on_the_session_after_the_closing_gets_an_err
         await add_note(session, "lost")
 
     async def before() -> None:
-        session = await ctxalchemy.db_session(connection)
+        session = await ctxalchemy.db_session(db)
         if state != "untouched":
             await add_note(session, "written")
         if state == "settled":
@@ -356,23 +356,23 @@ async def test_a_task_that_executes_on_the_session_after_the_closing_gets_an_err
 
     app, notes = ending(ctxalchemy, end, before)
     notes = {"untouched": [], "settled": ["written"]}.get(state, notes)
-    witness = Witness(ctxalchemy, app, connection)
+    witness = Witness(ctxalchemy, app, db)
     await request(witness)
     await assert_ended(witness, end)
     gate.open()
     with pytest.raises(InvalidRequestError, match="closed"):
         await tasks[0]
-    await assert_whole(ctxalchemy, database, connection, notes=notes)
+    await assert_whole(ctxalchemy, schema, db, notes=notes)
 
 
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
 @pytest.mark.parametrize("session_class", [AsyncSession, OverriddenSession])
 async def test_a_task_that_begins_again_in_a_session_while_that_is_rolled_back_leaves_nothing_open(
-    ctxalchemy: ModuleType, database: Database, session_class: type[AsyncSession], driver: str
+    ctxalchemy: ModuleType, schema: Schema, session_class: type[AsyncSession], driver: str
 ) -> None:
     """It is in the middle of a statement when the session is closed; asyncpg refuses, psycopg would wait."""
-    over = over_psycopg(database) if driver == "psycopg" else database
-    connection = connection_with(ctxalchemy, over, session_class, pool_size=2)
+    over = over_psycopg(schema) if driver == "psycopg" else schema
+    db = db_with(ctxalchemy, over, session_class, pool_size=2)
     tasks: list[asyncio.Task[Any]] = []
 
     def reset(dbapi_connection: Any, *_: Any) -> None:
@@ -385,61 +385,61 @@ async def test_a_task_that_begins_again_in_a_session_while_that_is_rolled_back_l
         await session.execute(text("SELECT pg_sleep(2)"))
 
     async def before() -> None:
-        session = await ctxalchemy.db_session(connection)
+        session = await ctxalchemy.db_session(db)
         await add_note(session, "undone")
-        event.listen(await pool_of(connection), "reset", reset)
+        event.listen(await pool_of(db), "reset", reset)
         tasks.append(asyncio.create_task(begin_again(session)))
         await asyncio.sleep(0)
 
     app, _ = ending(ctxalchemy, "exception", before)
-    witness = Witness(ctxalchemy, app, connection)
+    witness = Witness(ctxalchemy, app, db)
     await request(witness)
     await assert_ended(witness, "exception")
     with pytest.raises((InvalidRequestError, DBAPIError)):
         await tasks[0]
-    await assert_whole(ctxalchemy, database, connection, notes=[])
-    await connection.close()
+    await assert_whole(ctxalchemy, schema, db, notes=[])
+    await db.close()
 
 
 @pytest.mark.parametrize("end", ENDS)
 async def test_closing_again_what_is_closed_does_nothing(
-    ctxalchemy: ModuleType, database: Database, connection: Any, end: str
+    ctxalchemy: ModuleType, schema: Schema, db: Any, end: str
 ) -> None:
     """As ``async with session`` of a late task does at its end, or a ``finally`` of the application."""
     held: list[AsyncSession] = []
 
     async def before() -> None:
-        held.append(await ctxalchemy.db_session(connection))
+        held.append(await ctxalchemy.db_session(db))
         await add_note(held[0], "written")
 
     app, notes = ending(ctxalchemy, end, before)
-    witness = Witness(ctxalchemy, app, connection)
+    witness = Witness(ctxalchemy, app, db)
     await request(witness)
     await assert_ended(witness, end)
     await held[0].rollback()
     await held[0].close()
     with pytest.raises(InvalidRequestError, match="closed"):
         await add_note(held[0], "lost")
-    await assert_whole(ctxalchemy, database, connection, notes=notes)
+    await assert_whole(ctxalchemy, schema, db, notes=notes)
 
 
 async def test_a_session_that_the_application_took_out_of_the_context_stays_its_own(
-    ctxalchemy: ModuleType, database: Database, connection: Any
+    ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     held: list[AsyncSession] = []
 
     async def endpoint() -> Answer:
-        held.append(await ctxalchemy.db_session(connection))
-        assert ctxalchemy.pop_db_session_from_context(connection) is held[0]
+        held.append(await ctxalchemy.db_session(db))
+        assert ctxalchemy.pop_db_session_from_context(db) is held[0]
         return Answer()
 
-    witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), connection)
+    witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), db)
     await call(witness)
     async with held[0].begin():
         await add_note(held[0], "its own")
     await held[0].close()
     assert await witness.error() is None
-    await assert_whole(ctxalchemy, database, connection, notes=["its own"])
+    await assert_whole(ctxalchemy, schema, db, notes=["its own"])
 
 
 # --- a session whose making is overtaken -------------------------------------------------------------
@@ -448,17 +448,17 @@ async def test_a_session_that_the_application_took_out_of_the_context_stays_its_
 @pytest.mark.parametrize("callers", [1, 3])
 @pytest.mark.parametrize("end", ENDS)
 async def test_a_session_whose_making_is_overtaken_by_the_closing_is_closed(
-    ctxalchemy: ModuleType, database: Database, end: str, callers: int
+    ctxalchemy: ModuleType, schema: Schema, end: str, callers: int
 ) -> None:
     gate = Gate()
     journal: list[tuple[str, str]] = []
-    plain = database.connection(ctxalchemy)
+    plain = schema.db(ctxalchemy)
     creator = maker_creator(sync_session_class=ClosingSession, info={"journal": journal})
-    connection = ctxalchemy.DBConnect(plain.engine_creator, creator, plain.host, gate)
+    db = ctxalchemy.DBConnect(plain.engine_creator, creator, plain.host, gate)
     tasks: list[asyncio.Task[Any]] = []
 
     async def ask() -> Any:
-        session = await ctxalchemy.db_session(connection)
+        session = await ctxalchemy.db_session(db)
         await add_note(session, "lost")
 
     async def before() -> None:
@@ -466,20 +466,20 @@ async def test_a_session_whose_making_is_overtaken_by_the_closing_is_closed(
         await gate.reached()
 
     app, _ = ending(ctxalchemy, end, before)
-    witness = Witness(ctxalchemy, app, connection)
+    witness = Witness(ctxalchemy, app, db)
     await request(witness)
     await assert_ended(witness, end)
     gate.open()
     outcomes = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 5)
     assert [type(outcome) for outcome in outcomes] == [ctxalchemy.ContextClosedError] * callers
     assert [what for what, _ in journal] == ["make", "close"], "those in line made none"
-    connection.before_create_session_handler = None
-    await assert_whole(ctxalchemy, database, connection, notes=[])
-    await connection.close()
+    db.before_create_session_handler = None
+    await assert_whole(ctxalchemy, schema, db, notes=[])
+    await db.close()
 
 
 async def test_a_making_that_is_overtaken_and_then_fails_raises_its_own_error(
-    ctxalchemy: ModuleType, database: Database, connection: Any
+    ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     gate = Gate()
     tasks: list[asyncio.Task[Any]] = []
@@ -489,19 +489,19 @@ async def test_a_making_that_is_overtaken_and_then_fails_raises_its_own_error(
         raise LookupError("the handler")
 
     async def endpoint() -> Answer:
-        connection.before_create_session_handler = handler
-        tasks.append(asyncio.create_task(ctxalchemy.db_session(connection)))
+        db.before_create_session_handler = handler
+        tasks.append(asyncio.create_task(ctxalchemy.db_session(db)))
         await gate.reached()
         return Answer()
 
-    witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), connection)
+    witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), db)
     await call(witness)
     assert await witness.error() is None
     gate.open()
     with pytest.raises(LookupError, match="the handler"):
         await tasks[0]
-    connection.before_create_session_handler = None
-    await assert_whole(ctxalchemy, database, connection, notes=[])
+    db.before_create_session_handler = None
+    await assert_whole(ctxalchemy, schema, db, notes=[])
 
 
 # --- requests from within others ---------------------------------------------------------------------
@@ -510,7 +510,7 @@ async def test_a_making_that_is_overtaken_and_then_fails_raises_its_own_error(
 @pytest.mark.parametrize("open_still", [False, True], ids=["after the closing", "before the closing"])
 @pytest.mark.parametrize("kind", KINDS)
 async def test_a_request_that_a_task_of_an_earlier_one_serves_has_its_own_context(
-    ctxalchemy: ModuleType, database: Database, connection: Any, kind: Kind, open_still: bool
+    ctxalchemy: ModuleType, schema: Schema, db: Any, kind: Kind, open_still: bool
 ) -> None:
     """As where a server's connection is accepted by a task that a handler has started."""
     gate = Gate()
@@ -518,7 +518,7 @@ async def test_a_request_that_a_task_of_an_earlier_one_serves_has_its_own_contex
     sessions: list[AsyncSession] = []
 
     async def write(name: str) -> None:
-        sessions.append(await ctxalchemy.db_session(connection))
+        sessions.append(await ctxalchemy.db_session(db))
         await add_note(sessions[-1], name)
 
     async def second() -> Answer:
@@ -535,14 +535,14 @@ async def test_a_request_that_a_task_of_an_earlier_one_serves_has_its_own_contex
         if open_still:
             gate.open()
             await tasks[0]
-            assert await ctxalchemy.db_session(connection) is sessions[0], "its own context is as before"
+            assert await ctxalchemy.db_session(db) is sessions[0], "its own context is as before"
 
     async def first() -> Answer:
         await write("the first's")
         tasks.append(asyncio.create_task(serve_another()))
         return Answer(background=background)
 
-    witness = Witness(ctxalchemy, build(kind, ctxalchemy, first), connection)
+    witness = Witness(ctxalchemy, build(kind, ctxalchemy, first), db)
     await call(witness)
     gate.open()
     sent = await tasks[0]
@@ -550,20 +550,20 @@ async def test_a_request_that_a_task_of_an_earlier_one_serves_has_its_own_contex
     assert await app.error() is None
     assert await witness.error() is None
     assert sessions[0] is not sessions[1]
-    await assert_whole(ctxalchemy, database, connection, notes=["the first's", "the second's"])
+    await assert_whole(ctxalchemy, schema, db, notes=["the first's", "the second's"])
 
 
 @pytest.mark.parametrize("inner_end", ["succeeds", "fails"])
 @pytest.mark.parametrize("outer_end", ["succeeds", "fails"])
 @pytest.mark.parametrize("kind", KINDS)
 async def test_an_application_that_is_called_in_process_has_its_own_fate(
-    ctxalchemy: ModuleType, database: Database, kind: Kind, outer_end: str, inner_end: str
+    ctxalchemy: ModuleType, schema: Schema, kind: Kind, outer_end: str, inner_end: str
 ) -> None:
-    connection = database.connection(ctxalchemy, pool_size=2)
+    db = schema.db(ctxalchemy, pool_size=2)
     sessions: list[AsyncSession] = []
 
     async def inner() -> Answer:
-        sessions.append(await ctxalchemy.db_session(connection))
+        sessions.append(await ctxalchemy.db_session(db))
         await add_note(sessions[-1], "inner")
         if inner_end == "fails":
             await break_commit(sessions[-1])
@@ -572,19 +572,19 @@ async def test_an_application_that_is_called_in_process_has_its_own_fate(
     inner_app = Witness(ctxalchemy, build(kind, ctxalchemy, inner))
 
     async def outer() -> Answer:
-        session = await ctxalchemy.db_session(connection)
+        session = await ctxalchemy.db_session(db)
         await add_note(session, "outer")
         transport = httpx.ASGITransport(inner_app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://inner") as client:
             response = await client.get("/")
         assert response.status_code == (200 if inner_end == "succeeds" else 500)
-        assert await database.notes() == (["inner"] if inner_end == "succeeds" else [])
-        assert await ctxalchemy.db_session(connection) is session
+        assert await schema.notes() == (["inner"] if inner_end == "succeeds" else [])
+        assert await ctxalchemy.db_session(db) is session
         assert session.in_transaction()
         sessions.append(session)
         return Answer(200 if outer_end == "succeeds" else 404)
 
-    witness = Witness(ctxalchemy, build(kind, ctxalchemy, outer), connection)
+    witness = Witness(ctxalchemy, build(kind, ctxalchemy, outer), db)
     async with client_of(witness) as client:
         assert (await client.get("/")).status_code == (200 if outer_end == "succeeds" else 404)
     assert await witness.error() is None
@@ -592,12 +592,12 @@ async def test_an_application_that_is_called_in_process_has_its_own_fate(
     assert sessions[0] is not sessions[1]
     ends = {"inner": inner_end, "outer": outer_end}
     notes = [name for name, end in ends.items() if end == "succeeds"]
-    await assert_whole(ctxalchemy, database, connection, notes=notes)
-    await connection.close()
+    await assert_whole(ctxalchemy, schema, db, notes=notes)
+    await db.close()
 
 
 async def test_an_application_calls_itself_in_process_on_a_pool_of_one(
-    ctxalchemy: ModuleType, database: Database, connection: Any
+    ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     depth = 0
 
@@ -607,113 +607,111 @@ async def test_an_application_calls_itself_in_process_on_a_pool_of_one(
         name = f"depth {depth}"
         if depth < 3:
             await call(app)
-        await add_note(await ctxalchemy.db_session(connection), name)
+        await add_note(await ctxalchemy.db_session(db), name)
         return Answer()
 
     app = build("starlette", ctxalchemy, endpoint)
-    witness = Witness(ctxalchemy, app, connection)
+    witness = Witness(ctxalchemy, app, db)
     await call(witness)
     assert await witness.error() is None
-    await assert_whole(ctxalchemy, database, connection, notes=["depth 1", "depth 2", "depth 3"])
+    await assert_whole(ctxalchemy, schema, db, notes=["depth 1", "depth 2", "depth 3"])
 
 
 async def test_an_application_that_is_called_in_process_is_cancelled(
-    ctxalchemy: ModuleType, database: Database, connection: Any
+    ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     gate = Gate()
 
     async def inner() -> Answer:
-        await add_note(await ctxalchemy.db_session(connection), "lost")
+        await add_note(await ctxalchemy.db_session(db), "lost")
         await gate()
         return Answer()
 
-    inner_app = Witness(ctxalchemy, build("starlette", ctxalchemy, inner), connection)
+    inner_app = Witness(ctxalchemy, build("starlette", ctxalchemy, inner), db)
 
     async def outer() -> Answer:
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(call(inner_app), 1)
-        await add_note(await ctxalchemy.db_session(connection), "outer")
+        await add_note(await ctxalchemy.db_session(db), "outer")
         return Answer()
 
-    witness = Witness(ctxalchemy, build("starlette", ctxalchemy, outer), connection)
+    witness = Witness(ctxalchemy, build("starlette", ctxalchemy, outer), db)
     await call(witness)
     assert gate.arrivals == 1
     assert isinstance(await inner_app.error(), asyncio.CancelledError)
     assert await witness.error() is None
-    await assert_whole(ctxalchemy, database, connection, notes=["outer"])
+    await assert_whole(ctxalchemy, schema, db, notes=["outer"])
 
 
 async def test_an_application_that_is_mounted_in_another_shares_its_fate(
-    ctxalchemy: ModuleType, database: Database, connection: Any
+    ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     """The same request goes through the middleware twice: one context, settled by the outer one."""
     sessions: list[AsyncSession] = []
 
     async def inner() -> Answer:
-        sessions.append(await ctxalchemy.db_session(connection))
+        sessions.append(await ctxalchemy.db_session(db))
         await add_note(sessions[-1], "inner")
         return Answer()
 
     inner_app = build("starlette", ctxalchemy, inner)
 
     async def outer(scope: Any, receive: Any, send: Any) -> None:
-        sessions.append(await ctxalchemy.db_session(connection))
+        sessions.append(await ctxalchemy.db_session(db))
         await add_note(sessions[-1], "outer")
         await inner_app(dict(scope), receive, send)
-        assert await database.notes() == ["inner", "outer"]
+        assert await schema.notes() == ["inner", "outer"]
 
-    witness = Witness(ctxalchemy, ctxalchemy.ASGIHTTPDBSessionMiddleware(outer), connection)
+    witness = Witness(ctxalchemy, ctxalchemy.ASGIHTTPDBSessionMiddleware(outer), db)
     await call(witness)
     assert await witness.error() is None
     assert sessions[0] is sessions[1]
-    await assert_whole(ctxalchemy, database, connection, notes=["outer", "inner"])
+    await assert_whole(ctxalchemy, schema, db, notes=["outer", "inner"])
 
 
 async def test_a_request_within_a_context_of_a_test_leaves_everything_to_it(
-    ctxalchemy: ModuleType, database: Database, connection: Any
+    ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     async def endpoint() -> Answer:
-        await add_note(await ctxalchemy.db_session(connection), "seen by the test")
+        await add_note(await ctxalchemy.db_session(db), "seen by the test")
         return Answer(404)
 
     async with ctxalchemy.testing.set_test_context(auto_close=True):
-        session = await ctxalchemy.db_session(connection)
+        session = await ctxalchemy.db_session(db)
         witness = Witness(ctxalchemy, build("fastapi", ctxalchemy, endpoint))
         await call(witness)
-        assert await ctxalchemy.db_session(connection) is session
+        assert await ctxalchemy.db_session(db) is session
         assert await count_notes(session) == 1
-        assert await database.notes() == []
+        assert await schema.notes() == []
     assert await witness.error() is None
-    await assert_whole(ctxalchemy, database, connection, notes=["seen by the test"])
+    await assert_whole(ctxalchemy, schema, db, notes=["seen by the test"])
 
 
-async def test_a_request_within_new_ctx_has_its_own_fate(
-    ctxalchemy: ModuleType, database: Database, connection: Any
-) -> None:
+async def test_a_request_within_new_ctx_has_its_own_fate(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
     """A worker's own context is not that of a request which it makes in process."""
 
     async def endpoint() -> Answer:
-        await add_note(await ctxalchemy.db_session(connection), "the request's")
+        await add_note(await ctxalchemy.db_session(db), "the request's")
         return Answer()
 
-    witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), connection)
+    witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), db)
 
     async def work() -> None:
         async with ctxalchemy.new_ctx():
-            session = await ctxalchemy.db_session(connection)
+            session = await ctxalchemy.db_session(db)
             await call(witness)
-            assert await ctxalchemy.db_session(connection) is session
+            assert await ctxalchemy.db_session(db) is session
             await add_note(session, "the worker's")
             raise LookupError("the worker")
 
     with pytest.raises(LookupError, match="the worker"):
         await work()
     assert await witness.error() is None
-    await assert_whole(ctxalchemy, database, connection, notes=["the request's"])
+    await assert_whole(ctxalchemy, schema, db, notes=["the request's"])
 
 
 async def test_many_requests_with_late_tasks_at_once_keep_to_themselves(
-    ctxalchemy: ModuleType, database: Database, connection: Any
+    ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     tasks: list[asyncio.Task[None]] = []
     gate = Gate()
@@ -721,11 +719,11 @@ async def test_many_requests_with_late_tasks_at_once_keep_to_themselves(
     async def late(session: AsyncSession) -> None:
         await gate()
         with pytest.raises(ctxalchemy.ContextClosedError):
-            await ctxalchemy.db_session(connection)
+            await ctxalchemy.db_session(db)
         await add_note(session, "lost")
 
     async def app(scope: Any, _receive: Any, send: Any) -> None:
-        session = await ctxalchemy.db_session(connection)
+        session = await ctxalchemy.db_session(db)
         await add_note(session, scope["path"])
         tasks.append(asyncio.create_task(late(session)))
         await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -741,4 +739,4 @@ async def test_many_requests_with_late_tasks_at_once_keep_to_themselves(
     outcomes = await asyncio.gather(*tasks, return_exceptions=True)
     assert all(isinstance(outcome, InvalidRequestError) for outcome in outcomes)
     assert await witness.errors() == [None] * 20
-    await assert_whole(ctxalchemy, database, connection, notes=[f"/{n}" for n in range(20)])
+    await assert_whole(ctxalchemy, schema, db, notes=[f"/{n}" for n in range(20)])

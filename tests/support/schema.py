@@ -28,8 +28,8 @@ needs_asyncpg = pytest.mark.skipif(
 class Observer:
     """A connection to the server over psycopg, which runs on every interpreter; see ``connect``."""
 
-    def __init__(self, connection: psycopg.AsyncConnection[DictRow]) -> None:
-        self._connection = connection
+    def __init__(self, db: psycopg.AsyncConnection[DictRow]) -> None:
+        self._connection = db
 
     async def execute(self, statement: str, *arguments: object) -> None:
         """Run a statement, or several where there are no arguments."""
@@ -50,7 +50,7 @@ class Observer:
         return await cursor.execute(statement.encode(), arguments or None)
 
 
-class Database:
+class Schema:
     """A schema of its own, known to the server by the ``application_name`` of those who use it.
 
     It has the table ``note (name text unique)`` and, for commits that fail, ``child (note text)``
@@ -64,7 +64,7 @@ class Database:
 
     @classmethod
     @asynccontextmanager
-    async def create(cls, server_url: str) -> AsyncIterator[Database]:
+    async def create(cls, server_url: str) -> AsyncIterator[Schema]:
         name = f"t_{uuid4().hex[:12]}"
         observer = await connect(server_url, search_path=name)
         try:
@@ -81,7 +81,7 @@ class Database:
             await observer.execute(f"DROP SCHEMA {name} CASCADE")
             await observer.close()
 
-    def connection(self, ctxalchemy: ModuleType, *, suffix: str = "", **options: Any) -> Any:
+    def db(self, ctxalchemy: ModuleType, *, suffix: str = "", **options: Any) -> Any:
         """A ``DBConnect`` to it.  By default its pool has one connection, and no patience."""
         defaults: dict[str, Any] = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 5}
         handler = options.pop("before_create_session_handler", None)
@@ -163,20 +163,20 @@ async def count_notes(session: AsyncSession) -> int:
     return int((await session.execute(text("SELECT count(*) FROM note"))).scalar_one())
 
 
-async def pool_of(connection: Any) -> Any:
+async def pool_of(db: Any) -> Any:
     """The pool of the connection's engine on the running loop."""
-    return (await connection.session_maker()).kw["bind"].pool
+    return (await db.session_maker()).kw["bind"].pool
 
 
-async def checked_out(connection: Any) -> int:
-    return int((await pool_of(connection)).checkedout())
+async def checked_out(db: Any) -> int:
+    return int((await pool_of(db)).checkedout())
 
 
 @asynccontextmanager
-async def watched(connection: Any) -> AsyncIterator[Any]:
+async def watched(db: Any) -> AsyncIterator[Any]:
     """Close the connection at the end, when nothing may be checked out of its pool any more."""
     try:
-        yield connection
-        assert await checked_out(connection) == 0
+        yield db
+        assert await checked_out(db) == 0
     finally:
-        await connection.close()
+        await db.close()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError, InvalidRequestError
-from support.database import Database, add_note, break_commit, checked_out
+from support.schema import Schema, add_note, break_commit, checked_out
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -16,51 +16,51 @@ NAMES = ("commit_db_session", "rollback_db_session", "close_db_session")
 
 
 async def test_commit_makes_it_durable_and_returns_the_connection(
-    ctxalchemy: ModuleType, database: Database, connection: Any, other: Any
+    ctxalchemy: ModuleType, schema: Schema, db: Any, other_db: Any
 ) -> None:
     async with ctxalchemy.new_ctx():
-        session = await ctxalchemy.db_session(connection)
+        session = await ctxalchemy.db_session(db)
         await add_note(session, "committed")
-        await add_note(await ctxalchemy.db_session(other), "not yet")
-        await ctxalchemy.commit_db_session(connection)
-        assert await database.notes() == ["committed"]
-        assert await checked_out(connection) == 0
-        assert await checked_out(other) == 1
-        assert await ctxalchemy.db_session(connection) is session
+        await add_note(await ctxalchemy.db_session(other_db), "not yet")
+        await ctxalchemy.commit_db_session(db)
+        assert await schema.notes() == ["committed"]
+        assert await checked_out(db) == 0
+        assert await checked_out(other_db) == 1
+        assert await ctxalchemy.db_session(db) is session
 
 
 async def test_rollback_undoes_it_and_returns_the_connection(
-    ctxalchemy: ModuleType, database: Database, connection: Any, other: Any
+    ctxalchemy: ModuleType, schema: Schema, db: Any, other_db: Any
 ) -> None:
     async with ctxalchemy.new_ctx():
-        session = await ctxalchemy.db_session(connection)
+        session = await ctxalchemy.db_session(db)
         await add_note(session, "undone")
-        await add_note(await ctxalchemy.db_session(other), "kept")
-        await ctxalchemy.rollback_db_session(connection)
-        assert await checked_out(connection) == 0
-        assert await ctxalchemy.db_session(connection) is session
-    assert await database.notes() == ["kept"]
+        await add_note(await ctxalchemy.db_session(other_db), "kept")
+        await ctxalchemy.rollback_db_session(db)
+        assert await checked_out(db) == 0
+        assert await ctxalchemy.db_session(db) is session
+    assert await schema.notes() == ["kept"]
 
 
 async def test_close_undoes_it_and_the_next_use_makes_another_session(
-    ctxalchemy: ModuleType, database: Database, connection: Any
+    ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     async with ctxalchemy.new_ctx():
-        session = await ctxalchemy.db_session(connection)
+        session = await ctxalchemy.db_session(db)
         await add_note(session, "undone")
-        await ctxalchemy.close_db_session(connection)
-        assert await checked_out(connection) == 0
-        assert ctxalchemy.get_db_session_from_context(connection) is None
+        await ctxalchemy.close_db_session(db)
+        assert await checked_out(db) == 0
+        assert ctxalchemy.get_db_session_from_context(db) is None
         with pytest.raises(InvalidRequestError):
             await session.execute(text("SELECT 1"))
-        another = await ctxalchemy.db_session(connection)
+        another = await ctxalchemy.db_session(db)
         assert another is not session
         await add_note(another, "kept")
-    assert await database.notes() == ["kept"]
+    assert await schema.notes() == ["kept"]
 
 
 async def test_a_listener_that_restarts_savepoints_does_not_fail_at_the_close(
-    ctxalchemy: ModuleType, database: Database, connection: Any
+    ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     """The recipe of many test suites; it tries to begin in a session that is just being closed for good."""
 
@@ -71,19 +71,19 @@ async def test_a_listener_that_restarts_savepoints_does_not_fail_at_the_close(
     processes = []
     for _ in range(2):
         async with ctxalchemy.new_ctx():
-            session = await ctxalchemy.db_session(connection)
+            session = await ctxalchemy.db_session(db)
             processes.append(await session.scalar(text("SELECT pg_backend_pid()")))
             event.listen(session.sync_session, "after_transaction_end", restart)
             await session.begin_nested()
             await add_note(session, "undone")
-            await ctxalchemy.close_db_session(connection)
-            assert await checked_out(connection) == 0
-    assert await database.notes() == []
+            await ctxalchemy.close_db_session(db)
+            assert await checked_out(db) == 0
+    assert await schema.notes() == []
     assert len(set(processes)) == 1
 
 
 async def test_a_listener_that_queries_after_a_rollback_does_not_fail_at_the_close(
-    ctxalchemy: ModuleType, database: Database, connection: Any
+    ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     """As the documentation of SQLAlchemy does it."""
 
@@ -93,48 +93,48 @@ async def test_a_listener_that_queries_after_a_rollback_does_not_fail_at_the_clo
 
     answers: list[int] = []
     async with ctxalchemy.new_ctx():
-        session = await ctxalchemy.db_session(connection)
+        session = await ctxalchemy.db_session(db)
         event.listen(session.sync_session, "after_soft_rollback", query)
         await add_note(session, "undone")
-        await ctxalchemy.rollback_db_session(connection)
+        await ctxalchemy.rollback_db_session(db)
         assert answers == [1]
         await add_note(session, "undone")
-        await ctxalchemy.close_db_session(connection)
-        assert await checked_out(connection) == 0
+        await ctxalchemy.close_db_session(db)
+        assert await checked_out(db) == 0
     assert answers == [1]
-    assert await database.notes() == []
+    assert await schema.notes() == []
 
 
 async def test_a_failed_commit_comes_through_and_the_session_can_be_used_after_a_rollback(
-    ctxalchemy: ModuleType, database: Database, connection: Any
+    ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     async with ctxalchemy.new_ctx():
-        session = await ctxalchemy.db_session(connection)
+        session = await ctxalchemy.db_session(db)
         await break_commit(session)
         with pytest.raises(DBAPIError):
-            await ctxalchemy.commit_db_session(connection)
-        assert await checked_out(connection) == 0
-        await ctxalchemy.rollback_db_session(connection)
+            await ctxalchemy.commit_db_session(db)
+        assert await checked_out(db) == 0
+        await ctxalchemy.rollback_db_session(db)
         await add_note(session, "next")
-    assert await database.notes() == ["next"]
+    assert await schema.notes() == ["next"]
 
 
 @pytest.mark.parametrize("name", NAMES)
 async def test_without_an_open_transaction_nothing_happens(
-    ctxalchemy: ModuleType, database: Database, connection: Any, name: str
+    ctxalchemy: ModuleType, schema: Schema, db: Any, name: str
 ) -> None:
     async with ctxalchemy.new_ctx():
-        await getattr(ctxalchemy, name)(connection)
-        assert ctxalchemy.get_db_session_from_context(connection) is None
-        await ctxalchemy.db_session(connection)
-        await getattr(ctxalchemy, name)(connection)
-        assert await database.backends() == []
+        await getattr(ctxalchemy, name)(db)
+        assert ctxalchemy.get_db_session_from_context(db) is None
+        await ctxalchemy.db_session(db)
+        await getattr(ctxalchemy, name)(db)
+        assert await schema.backends() == []
 
 
 @pytest.mark.parametrize("name", NAMES)
-async def test_without_a_context_that_is_said(ctxalchemy: ModuleType, connection: Any, name: str) -> None:
+async def test_without_a_context_that_is_said(ctxalchemy: ModuleType, db: Any, name: str) -> None:
     if name == "close_db_session":
-        await ctxalchemy.close_db_session(connection)
+        await ctxalchemy.close_db_session(db)
         return
     with pytest.raises(ctxalchemy.ContextNotInitiatedError):
-        await getattr(ctxalchemy, name)(connection)
+        await getattr(ctxalchemy, name)(db)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from support.apps import Answer, Kind, Transport, build, call, client_of, each_kind, each_transport
-from support.database import Database, add_note, break_commit, checked_out, count_notes
+from support.schema import Schema, add_note, break_commit, checked_out, count_notes
 from support.waiting import Gate, eventually
 
 if TYPE_CHECKING:
@@ -33,23 +33,23 @@ def answer_then(place: str, work: Callable[[], Awaitable[None]]) -> Answer:
 @each_kind
 @each_transport
 @each_place
-async def test_what_comes_after_the_start_uses_the_session_and_is_committed_at_the_end(
-    ctxalchemy: ModuleType, database: Database, connection: Any, kind: Kind, transport: Transport, place: str
+async def test_what_comes_after_response_start_uses_the_session_and_is_committed_at_the_end(
+    ctxalchemy: ModuleType, schema: Schema, db: Any, kind: Kind, transport: Transport, place: str
 ) -> None:
     async def later() -> None:
-        assert await checked_out(connection) == 0
-        session = await ctxalchemy.db_session(connection)
+        assert await checked_out(db) == 0
+        session = await ctxalchemy.db_session(db)
         assert session is sessions[0]
         assert await count_notes(session) == 1
         await add_note(session, "later")
 
     async def endpoint() -> Answer:
-        sessions.append(await ctxalchemy.db_session(connection))
+        sessions.append(await ctxalchemy.db_session(db))
         await add_note(sessions[0], "endpoint")
         return answer_then(place, later)
 
     async def committed() -> bool:
-        return await database.notes() == ["endpoint", "later"]
+        return await schema.notes() == ["endpoint", "later"]
 
     sessions: list[Any] = []
     async with client_of(build(kind, ctxalchemy, endpoint), transport) as client:
@@ -61,91 +61,91 @@ async def test_what_comes_after_the_start_uses_the_session_and_is_committed_at_t
 
 @each_kind
 @each_place
-async def test_a_session_may_be_made_as_late_as_after_the_start(
-    ctxalchemy: ModuleType, database: Database, connection: Any, kind: Kind, place: str
+async def test_a_session_may_be_made_as_late_as_after_response_start(
+    ctxalchemy: ModuleType, schema: Schema, db: Any, kind: Kind, place: str
 ) -> None:
     async def later() -> None:
-        await add_note(await ctxalchemy.db_session(connection), "later")
+        await add_note(await ctxalchemy.db_session(db), "later")
 
     async def endpoint() -> Answer:
         return answer_then(place, later)
 
     await call(build(kind, ctxalchemy, endpoint))
-    assert await database.notes() == ["later"]
+    assert await schema.notes() == ["later"]
 
 
 @each_kind
 @each_place
-async def test_what_fails_after_the_start_is_undone_but_nothing_that_was_promised(
-    ctxalchemy: ModuleType, database: Database, connection: Any, kind: Kind, place: str
+async def test_what_fails_after_response_start_is_undone_but_nothing_that_was_promised(
+    ctxalchemy: ModuleType, schema: Schema, db: Any, kind: Kind, place: str
 ) -> None:
     error = LookupError("later")
 
     async def later() -> None:
-        await add_note(await ctxalchemy.db_session(connection), "undone")
+        await add_note(await ctxalchemy.db_session(db), "undone")
         raise error
 
     async def endpoint() -> Answer:
-        await add_note(await ctxalchemy.db_session(connection), "promised")
+        await add_note(await ctxalchemy.db_session(db), "promised")
         return answer_then(place, later)
 
     with pytest.raises(LookupError) as caught:
         await call(build(kind, ctxalchemy, endpoint))
     assert caught.value is error
-    assert await checked_out(connection) == 0
-    assert await database.notes() == ["promised"]
+    assert await checked_out(db) == 0
+    assert await schema.notes() == ["promised"]
 
 
 @each_kind
 @each_place
-async def test_a_commit_that_fails_after_the_start_reaches_the_server(
-    ctxalchemy: ModuleType, database: Database, connection: Any, kind: Kind, place: str
+async def test_a_commit_that_fails_after_response_start_reaches_the_server(
+    ctxalchemy: ModuleType, schema: Schema, db: Any, kind: Kind, place: str
 ) -> None:
     async def later() -> None:
-        session = await ctxalchemy.db_session(connection)
+        session = await ctxalchemy.db_session(db)
         await add_note(session, "undone")
         await break_commit(session)
 
     async def endpoint() -> Answer:
-        await add_note(await ctxalchemy.db_session(connection), "promised")
+        await add_note(await ctxalchemy.db_session(db), "promised")
         return answer_then(place, later)
 
     with pytest.raises(DBAPIError):
         await call(build(kind, ctxalchemy, endpoint))
-    assert await checked_out(connection) == 0
-    assert await database.notes() == ["promised"]
+    assert await checked_out(db) == 0
+    assert await schema.notes() == ["promised"]
 
 
 @each_place
 async def test_a_handled_error_can_still_have_work_done_after_it(
-    ctxalchemy: ModuleType, database: Database, connection: Any, place: str
+    ctxalchemy: ModuleType, schema: Schema, db: Any, place: str
 ) -> None:
     async def later() -> None:
-        await add_note(await ctxalchemy.db_session(connection), "about the error")
+        await add_note(await ctxalchemy.db_session(db), "about the error")
 
     async def endpoint() -> Answer:
-        await add_note(await ctxalchemy.db_session(connection), "undone")
+        await add_note(await ctxalchemy.db_session(db), "undone")
         answer = answer_then(place, later)
         answer.status = 404
         return answer
 
     await call(build("asgi", ctxalchemy, endpoint))
-    assert await database.notes() == ["about the error"]
+    assert await schema.notes() == ["about the error"]
 
 
 @each_kind
 async def test_a_task_that_outlives_its_request_gets_an_error_and_no_session(
-    ctxalchemy: ModuleType, database: Database, connection: Any, kind: Kind
+    ctxalchemy: ModuleType, schema: Schema, db: Any, kind: Kind
 ) -> None:
     gate = Gate()
     tasks: list[asyncio.Task[None]] = []
 
     async def late() -> None:
         await gate()
-        await add_note(await ctxalchemy.db_session(connection), "late")
+        await add_note(await ctxalchemy.db_session(db), "late")
 
     async def endpoint() -> Answer:
-        await add_note(await ctxalchemy.db_session(connection), "in time")
+        await add_note(await ctxalchemy.db_session(db), "in time")
         tasks.append(asyncio.create_task(late()))
         return Answer()
 
@@ -155,19 +155,19 @@ async def test_a_task_that_outlives_its_request_gets_an_error_and_no_session(
     gate.open()
     with pytest.raises(ctxalchemy.ContextClosedError):
         await tasks[0]
-    assert await checked_out(connection) == 0
-    assert await database.notes() == ["in time"]
+    assert await checked_out(db) == 0
+    assert await schema.notes() == ["in time"]
 
 
 @each_kind
 @pytest.mark.parametrize("status", [200, 404])
 async def test_the_sessions_of_a_request_are_closed_after_it(
-    ctxalchemy: ModuleType, connection: Any, other: Any, kind: Kind, status: int
+    ctxalchemy: ModuleType, db: Any, other_db: Any, kind: Kind, status: int
 ) -> None:
     sessions = []
 
     async def endpoint() -> Answer:
-        sessions.extend([await ctxalchemy.db_session(connection), await ctxalchemy.db_session(other)])
+        sessions.extend([await ctxalchemy.db_session(db), await ctxalchemy.db_session(other_db)])
         await add_note(sessions[0], "any")
         return Answer(status)
 
@@ -175,5 +175,5 @@ async def test_the_sessions_of_a_request_are_closed_after_it(
     for session in sessions:
         with pytest.raises(InvalidRequestError):
             await count_notes(session)
-    assert await checked_out(connection) == await checked_out(other) == 0
+    assert await checked_out(db) == await checked_out(other_db) == 0
     assert not ctxalchemy.is_context_initiated()

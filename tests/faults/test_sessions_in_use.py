@@ -12,18 +12,18 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, IntegrityError, InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession
 from support.apps import KINDS, Answer, Kind, build, call
-from support.database import add_note, break_commit, checked_out, count_notes
 from support.faults import (
     CommitGate,
-    SQLiteDatabase,
+    SQLiteFile,
     Wire,
     Witness,
     assert_whole,
     client_of,
-    connection_with,
-    psycopg_connection,
+    db_with,
+    psycopg_db,
     sleeping,
 )
+from support.schema import add_note, break_commit, checked_out, count_notes
 from support.sessions import Note, OverriddenSession
 from support.waiting import Gate, eventually
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import ModuleType
 
-    from support.database import Database
+    from support.schema import Schema
 
 ENDS = ("200", "404", "exception", "no response", "cancelled")
 CLASSES = (AsyncSession, OverriddenSession)
@@ -52,7 +52,7 @@ class Busy:
     def __init__(
         self,
         ctxalchemy: ModuleType,
-        connection: Any,
+        db: Any,
         start: Callable[[AsyncSession], Awaitable[list[asyncio.Task[Any]]]],
         end: str,
         kind: Kind = "asgi",
@@ -62,7 +62,7 @@ class Busy:
         self.tasks: list[asyncio.Task[Any]] = []
 
         async def endpoint() -> Answer:
-            session = await ctxalchemy.db_session(connection)
+            session = await ctxalchemy.db_session(db)
             self.tasks = await start(session)
             await self.gate()
             if end == "exception":
@@ -70,7 +70,7 @@ class Busy:
             return Answer(int(end))
 
         async def app(_scope: Any, _receive: Any, _send: Any) -> None:
-            session = await ctxalchemy.db_session(connection)
+            session = await ctxalchemy.db_session(db)
             self.tasks = await start(session)
             await self.gate()
 
@@ -115,14 +115,14 @@ async def sleep_long(session: AsyncSession) -> None:
     await session.execute(text("SELECT pg_sleep(15)"))
 
 
-def in_a_statement(database: Database, *, written: bool = True, waiting: int = 0) -> Any:
+def in_a_statement(schema: Schema, *, written: bool = True, waiting: int = 0) -> Any:
     """A task is in the middle of a statement, and others wait in line behind it."""
 
     async def start(session: AsyncSession) -> list[asyncio.Task[Any]]:
         if written:
             await add_note(session, "lost")
         tasks = [asyncio.create_task(sleep_long(session))]
-        assert await eventually(lambda: sleeping(database))
+        assert await eventually(lambda: sleeping(schema))
         for number in range(waiting):
             tasks.append(asyncio.create_task(add_note(session, f"lost {number}")))
             await asyncio.sleep(0.01)
@@ -137,34 +137,34 @@ def in_a_statement(database: Database, *, written: bool = True, waiting: int = 0
 @pytest.mark.parametrize("session_class", CLASSES)
 @pytest.mark.parametrize("end", ENDS)
 async def test_a_task_is_in_the_middle_of_a_statement(
-    ctxalchemy: ModuleType, database: Database, session_class: type[AsyncSession], end: str
+    ctxalchemy: ModuleType, schema: Schema, session_class: type[AsyncSession], end: str
 ) -> None:
-    connection = connection_with(ctxalchemy, database, session_class)
-    busy = Busy(ctxalchemy, connection, in_a_statement(database), end)
+    db = db_with(ctxalchemy, schema, session_class)
+    busy = Busy(ctxalchemy, db, in_a_statement(schema), end)
     assert all_failed(await busy())
     await busy.assert_ended()
-    await assert_whole(ctxalchemy, database, connection, notes=[])
-    await connection.close()
+    await assert_whole(ctxalchemy, schema, db, notes=[])
+    await db.close()
 
 
 @pytest.mark.parametrize("end", ENDS)
 async def test_a_task_is_in_the_middle_of_a_statement_over_psycopg(
-    ctxalchemy: ModuleType, database: Database, end: str
+    ctxalchemy: ModuleType, schema: Schema, end: str
 ) -> None:
-    connection = psycopg_connection(ctxalchemy, database)
-    busy = Busy(ctxalchemy, connection, in_a_statement(database), end)
+    db = psycopg_db(ctxalchemy, schema)
+    busy = Busy(ctxalchemy, db, in_a_statement(schema), end)
     assert all_failed(await busy())
     await busy.assert_ended()
-    await assert_whole(ctxalchemy, database, connection, notes=[])
-    await connection.close()
+    await assert_whole(ctxalchemy, schema, db, notes=[])
+    await db.close()
 
 
 @pytest.mark.parametrize("end", ENDS)
 async def test_a_task_is_in_the_middle_of_a_statement_on_sqlite(
     ctxalchemy: ModuleType, tmp_path: Path, end: str
 ) -> None:
-    database = await SQLiteDatabase.create(tmp_path / "notes.sqlite3")
-    connection = database.connection(ctxalchemy)
+    schema = await SQLiteFile.create(tmp_path / "notes.sqlite3")
+    db = schema.db(ctxalchemy)
     count = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 1000000) SELECT max(i) FROM n"
 
     async def start(session: AsyncSession) -> list[asyncio.Task[Any]]:
@@ -173,86 +173,86 @@ async def test_a_task_is_in_the_middle_of_a_statement_on_sqlite(
         await asyncio.sleep(0.01)
         return [task]
 
-    busy = Busy(ctxalchemy, connection, start, end)
+    busy = Busy(ctxalchemy, db, start, end)
     (outcome,) = await busy()
     if end == "200" and await busy.witness.error() is None:
         # Before SQLAlchemy 2.1 the COMMIT waits in line for the statement.
         assert busy.witness.statuses == [200]
         assert not isinstance(outcome, BaseException)
-        await assert_whole(ctxalchemy, database, connection, notes=["lost"])
+        await assert_whole(ctxalchemy, schema, db, notes=["lost"])
     else:
         await busy.assert_ended()
-        await assert_whole(ctxalchemy, database, connection, notes=[])
-    await connection.close()
+        await assert_whole(ctxalchemy, schema, db, notes=[])
+    await db.close()
 
 
 @pytest.mark.parametrize("end", ["200", "404", "exception"])
 @pytest.mark.parametrize("kind", ["starlette", "fastapi"])
 async def test_a_task_is_in_the_middle_of_a_statement_in_either_framework(
-    ctxalchemy: ModuleType, database: Database, connection: Any, kind: Kind, end: str
+    ctxalchemy: ModuleType, schema: Schema, db: Any, kind: Kind, end: str
 ) -> None:
-    busy = Busy(ctxalchemy, connection, in_a_statement(database), end, kind)
+    busy = Busy(ctxalchemy, db, in_a_statement(schema), end, kind)
     assert all_failed(await busy())
     await busy.assert_ended()
-    await assert_whole(ctxalchemy, database, connection, notes=[])
+    await assert_whole(ctxalchemy, schema, db, notes=[])
 
 
 async def test_the_client_of_a_request_with_a_busy_session_sees_an_error(
-    ctxalchemy: ModuleType, database: Database, connection: Any
+    ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     tasks: list[asyncio.Task[Any]] = []
 
     async def endpoint() -> Answer:
-        tasks.extend(await in_a_statement(database)(await ctxalchemy.db_session(connection)))
+        tasks.extend(await in_a_statement(schema)(await ctxalchemy.db_session(db)))
         return Answer()
 
-    witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), connection)
+    witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), db)
     async with client_of(witness, "tcp") as client:
         assert (await client.get("/")).status_code == 500
     with pytest.raises(InvalidRequestError, match=r"is executing a statement.*run_in_new_ctx"):
         raise await witness.error() or AssertionError
     assert all_failed(await asyncio.gather(*tasks, return_exceptions=True))
-    await assert_whole(ctxalchemy, database, connection, notes=[])
+    await assert_whole(ctxalchemy, schema, db, notes=[])
 
 
 @pytest.mark.parametrize("end", ENDS)
 async def test_a_task_is_in_the_middle_of_the_first_statement(
-    ctxalchemy: ModuleType, database: Database, driven: Any, end: str
+    ctxalchemy: ModuleType, schema: Schema, driven: Any, end: str
 ) -> None:
-    busy = Busy(ctxalchemy, driven, in_a_statement(database, written=False), end)
+    busy = Busy(ctxalchemy, driven, in_a_statement(schema, written=False), end)
     assert all_failed(await busy())
     await busy.assert_ended()
-    await assert_whole(ctxalchemy, database, driven, notes=[])
+    await assert_whole(ctxalchemy, schema, driven, notes=[])
 
 
 @pytest.mark.parametrize("session_class", CLASSES)
 @pytest.mark.parametrize("end", ENDS)
 async def test_tasks_wait_in_line_behind_a_statement(
-    ctxalchemy: ModuleType, database: Database, session_class: type[AsyncSession], end: str
+    ctxalchemy: ModuleType, schema: Schema, session_class: type[AsyncSession], end: str
 ) -> None:
-    connection = connection_with(ctxalchemy, database, session_class)
-    busy = Busy(ctxalchemy, connection, in_a_statement(database, waiting=2), end)
+    db = db_with(ctxalchemy, schema, session_class)
+    busy = Busy(ctxalchemy, db, in_a_statement(schema, waiting=2), end)
     assert all_failed(await busy())
     await busy.assert_ended()
-    await assert_whole(ctxalchemy, database, connection, notes=[])
-    await connection.close()
+    await assert_whole(ctxalchemy, schema, db, notes=[])
+    await db.close()
 
 
 @pytest.mark.parametrize("end", ENDS)
 async def test_tasks_wait_in_line_behind_a_statement_over_psycopg(
-    ctxalchemy: ModuleType, database: Database, end: str
+    ctxalchemy: ModuleType, schema: Schema, end: str
 ) -> None:
-    connection = psycopg_connection(ctxalchemy, database)
-    busy = Busy(ctxalchemy, connection, in_a_statement(database, waiting=2), end)
+    db = psycopg_db(ctxalchemy, schema)
+    busy = Busy(ctxalchemy, db, in_a_statement(schema, waiting=2), end)
     assert all_failed(await busy())
     await busy.assert_ended()
-    await assert_whole(ctxalchemy, database, connection, notes=[])
-    await connection.close()
+    await assert_whole(ctxalchemy, schema, db, notes=[])
+    await db.close()
 
 
 @pytest.mark.parametrize("end", [end for end in ENDS if end != "cancelled"])
 async def test_a_task_in_line_has_its_turn_just_as_the_request_ends(
-    ctxalchemy: ModuleType, database: Database, driven: Any, end: str
+    ctxalchemy: ModuleType, schema: Schema, driven: Any, end: str
 ) -> None:
     """The request's own statement is through, and that of the task has not begun: nobody is in one right now."""
 
@@ -266,12 +266,12 @@ async def test_a_task_in_line_has_its_turn_just_as_the_request_ends(
     busy = Busy(ctxalchemy, driven, start, end)
     await busy()  # The statement may have come through, to be rolled back.
     await busy.assert_ended()
-    await assert_whole(ctxalchemy, database, driven, notes=[])
+    await assert_whole(ctxalchemy, schema, driven, notes=[])
 
 
 @pytest.mark.parametrize("end", ENDS)
 async def test_a_task_is_in_the_middle_of_a_flush_in_a_savepoint(
-    ctxalchemy: ModuleType, database: Database, connection: Any, end: str
+    ctxalchemy: ModuleType, schema: Schema, db: Any, end: str
 ) -> None:
     """The INSERT waits for that of another transaction, on the same key."""
 
@@ -282,23 +282,21 @@ async def test_a_task_is_in_the_middle_of_a_flush_in_a_savepoint(
 
     async def start(session: AsyncSession) -> list[asyncio.Task[Any]]:
         task = asyncio.create_task(insert(session))
-        assert await eventually(lambda: sleeping(database))
+        assert await eventually(lambda: sleeping(schema))
         return [task]
 
-    other = database.connection(ctxalchemy)
+    other = schema.db(ctxalchemy)
     async with ctxalchemy.new_non_ctx_atomic_session(other) as rival:
         await add_note(rival, "contested")
-        busy = Busy(ctxalchemy, connection, start, end)
+        busy = Busy(ctxalchemy, db, start, end)
         assert all_failed(await busy())
         await busy.assert_ended()
-    await assert_whole(ctxalchemy, database, connection, notes=["contested"])
+    await assert_whole(ctxalchemy, schema, db, notes=["contested"])
     await other.close()
 
 
 @pytest.mark.parametrize("end", ENDS)
-async def test_a_task_reads_a_server_side_cursor(
-    ctxalchemy: ModuleType, database: Database, connection: Any, end: str
-) -> None:
+async def test_a_task_reads_a_server_side_cursor(ctxalchemy: ModuleType, schema: Schema, db: Any, end: str) -> None:
     """Each row takes its time to be made, so that the cursor is in the middle of it."""
 
     async def read(session: AsyncSession) -> None:
@@ -309,22 +307,22 @@ async def test_a_task_reads_a_server_side_cursor(
     async def start(session: AsyncSession) -> list[asyncio.Task[Any]]:
         await add_note(session, "lost")
         task = asyncio.create_task(read(session))
-        assert await eventually(lambda: sleeping(database))
+        assert await eventually(lambda: sleeping(schema))
         return [task]
 
-    busy = Busy(ctxalchemy, connection, start, end)
+    busy = Busy(ctxalchemy, db, start, end)
     assert all_failed(await busy())
     await busy.assert_ended()
-    await assert_whole(ctxalchemy, database, connection, notes=[])
+    await assert_whole(ctxalchemy, schema, db, notes=[])
 
 
 async def test_a_background_task_leaves_a_task_in_the_middle_of_a_statement(
-    ctxalchemy: ModuleType, database: Database, driven: Any
+    ctxalchemy: ModuleType, schema: Schema, driven: Any
 ) -> None:
     tasks: list[asyncio.Task[Any]] = []
 
     async def background() -> None:
-        tasks.extend(await in_a_statement(database)(await ctxalchemy.db_session(driven)))
+        tasks.extend(await in_a_statement(schema)(await ctxalchemy.db_session(driven)))
 
     async def endpoint() -> Answer:
         await add_note(await ctxalchemy.db_session(driven), "promised")
@@ -335,30 +333,30 @@ async def test_a_background_task_leaves_a_task_in_the_middle_of_a_statement(
         assert (await client.get("/")).status_code == 200
     assert isinstance(await witness.error(), InvalidRequestError | DBAPIError)
     assert all_failed(await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 5))
-    await assert_whole(ctxalchemy, database, driven, notes=["promised"])
+    await assert_whole(ctxalchemy, schema, driven, notes=["promised"])
 
 
 # --- by hand -----------------------------------------------------------------------------------------
 
 
-async def commit(ctxalchemy: ModuleType, connection: Any) -> None:
-    await ctxalchemy.commit_db_session(connection)
+async def commit(ctxalchemy: ModuleType, db: Any) -> None:
+    await ctxalchemy.commit_db_session(db)
 
 
 async def commit_all(ctxalchemy: ModuleType, _connection: Any) -> None:
     await ctxalchemy.commit_all_sessions()
 
 
-async def roll_back(ctxalchemy: ModuleType, connection: Any) -> None:
-    await ctxalchemy.rollback_db_session(connection)
+async def roll_back(ctxalchemy: ModuleType, db: Any) -> None:
+    await ctxalchemy.rollback_db_session(db)
 
 
 async def roll_back_all(ctxalchemy: ModuleType, _connection: Any) -> None:
     await ctxalchemy.rollback_all_sessions()
 
 
-async def close(ctxalchemy: ModuleType, connection: Any) -> None:
-    await ctxalchemy.close_db_session(connection)
+async def close(ctxalchemy: ModuleType, db: Any) -> None:
+    await ctxalchemy.close_db_session(db)
 
 
 async def close_all(ctxalchemy: ModuleType, _connection: Any) -> None:
@@ -370,39 +368,37 @@ async def do_nothing(_ctxalchemy: ModuleType, _connection: Any) -> None:
 
 
 @pytest.mark.parametrize("way", [commit, commit_all, roll_back, roll_back_all, close, close_all, do_nothing])
-async def test_a_busy_session_is_settled_by_hand(
-    ctxalchemy: ModuleType, database: Database, connection: Any, way: Any
-) -> None:
+async def test_a_busy_session_is_settled_by_hand(ctxalchemy: ModuleType, schema: Schema, db: Any, way: Any) -> None:
     token = ctxalchemy.init_db_session_ctx()
-    tasks = await in_a_statement(database)(await ctxalchemy.db_session(connection))
+    tasks = await in_a_statement(schema)(await ctxalchemy.db_session(db))
     if way in (commit, commit_all):
         with pytest.raises(InvalidRequestError, match="is executing a statement"):
-            await way(ctxalchemy, connection)
+            await way(ctxalchemy, db)
     else:
-        await way(ctxalchemy, connection)
+        await way(ctxalchemy, db)
     await ctxalchemy.reset_db_session_ctx(token)
     assert all_failed(await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 5))
-    await assert_whole(ctxalchemy, database, connection, notes=[])
+    await assert_whole(ctxalchemy, schema, db, notes=[])
 
 
 @pytest.mark.parametrize("raises", [False, True])
 @pytest.mark.parametrize("session_class", CLASSES)
 async def test_a_block_in_a_context_of_its_own_ends_with_a_busy_session(
-    ctxalchemy: ModuleType, database: Database, session_class: type[AsyncSession], raises: bool
+    ctxalchemy: ModuleType, schema: Schema, session_class: type[AsyncSession], raises: bool
 ) -> None:
-    connection = connection_with(ctxalchemy, database, session_class)
+    db = db_with(ctxalchemy, schema, session_class)
     tasks: list[asyncio.Task[Any]] = []
 
     async def work() -> None:
-        tasks.extend(await in_a_statement(database)(await ctxalchemy.db_session(connection)))
+        tasks.extend(await in_a_statement(schema)(await ctxalchemy.db_session(db)))
         if raises:
             raise LookupError("the work")
 
     with pytest.raises(LookupError if raises else InvalidRequestError):
         await ctxalchemy.run_in_new_ctx(work)
     assert all_failed(await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 5))
-    await assert_whole(ctxalchemy, database, connection, notes=[])
-    await connection.close()
+    await assert_whole(ctxalchemy, schema, db, notes=[])
+    await db.close()
 
 
 # --- gather on one session ---------------------------------------------------------------------------
@@ -411,10 +407,10 @@ async def test_a_block_in_a_context_of_its_own_ends_with_a_busy_session(
 @pytest.mark.parametrize("caught", [False, True], ids=["comes through", "is caught"])
 @pytest.mark.parametrize("session_class", CLASSES)
 async def test_gather_on_one_session_where_one_fails(
-    ctxalchemy: ModuleType, database: Database, session_class: type[AsyncSession], caught: bool
+    ctxalchemy: ModuleType, schema: Schema, session_class: type[AsyncSession], caught: bool
 ) -> None:
     """``gather`` raises with the first error, and leaves the others running."""
-    connection = connection_with(ctxalchemy, database, session_class)
+    db = db_with(ctxalchemy, schema, session_class)
     tasks: list[asyncio.Task[Any]] = []
 
     async def fail() -> None:
@@ -422,7 +418,7 @@ async def test_gather_on_one_session_where_one_fails(
         raise LookupError("one of them")
 
     async def endpoint() -> Answer:
-        session = await ctxalchemy.db_session(connection)
+        session = await ctxalchemy.db_session(db)
         await add_note(session, "lost")
         tasks.append(asyncio.create_task(sleep_long(session)))
         if caught:
@@ -432,19 +428,19 @@ async def test_gather_on_one_session_where_one_fails(
         await asyncio.gather(tasks[0], fail())
         return Answer()
 
-    witness = Witness(ctxalchemy, build("starlette", ctxalchemy, endpoint), connection)
+    witness = Witness(ctxalchemy, build("starlette", ctxalchemy, endpoint), db)
     async with client_of(witness) as client:
         assert (await client.get("/")).status_code == (409 if caught else 500)
     error = await witness.error()
     assert error is None if caught else isinstance(error, LookupError)
     assert all_failed(await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 5))
-    await assert_whole(ctxalchemy, database, connection, notes=[])
-    await connection.close()
+    await assert_whole(ctxalchemy, schema, db, notes=[])
+    await db.close()
 
 
 @pytest.mark.parametrize("kind", KINDS[:2])
 async def test_gather_on_one_session_where_a_statement_fails(
-    ctxalchemy: ModuleType, database: Database, driven: Any, kind: Kind
+    ctxalchemy: ModuleType, schema: Schema, driven: Any, kind: Kind
 ) -> None:
     async def endpoint() -> Answer:
         session = await ctxalchemy.db_session(driven)
@@ -456,12 +452,12 @@ async def test_gather_on_one_session_where_a_statement_fails(
     async with client_of(witness) as client:
         assert (await client.get("/")).status_code == 500
     assert isinstance(await witness.error(), DBAPIError)
-    await assert_whole(ctxalchemy, database, driven, notes=[])
+    await assert_whole(ctxalchemy, schema, driven, notes=[])
 
 
 @pytest.mark.parametrize("first", [False, True], ids=["in a transaction", "as its first use"])
 async def test_gather_on_one_session_either_writes_all_or_says_so(
-    ctxalchemy: ModuleType, database: Database, driven: Any, first: bool
+    ctxalchemy: ModuleType, schema: Schema, driven: Any, first: bool
 ) -> None:
     """SQLAlchemy refuses two tasks that both begin; once begun, statements wait for each other."""
     names = [f"note {n}" for n in range(5)]
@@ -482,7 +478,7 @@ async def test_gather_on_one_session_either_writes_all_or_says_so(
     error = await witness.error()
     assert (response.status_code, type(error)) == ((200, type(None)) if not first else (500, type(error)))
     assert error is None or isinstance(error, InvalidRequestError)
-    await assert_whole(ctxalchemy, database, driven, notes=[] if first else names)
+    await assert_whole(ctxalchemy, schema, driven, notes=[] if first else names)
 
 
 # --- before the first statement ----------------------------------------------------------------------
@@ -491,18 +487,18 @@ async def test_gather_on_one_session_either_writes_all_or_says_so(
 @pytest.mark.parametrize("session_class", CLASSES)
 @pytest.mark.parametrize("end", ENDS)
 async def test_a_task_waits_for_the_pool(
-    ctxalchemy: ModuleType, database: Database, session_class: type[AsyncSession], end: str
+    ctxalchemy: ModuleType, schema: Schema, session_class: type[AsyncSession], end: str
 ) -> None:
-    connection = connection_with(ctxalchemy, database, session_class)
+    db = db_with(ctxalchemy, schema, session_class)
 
     async def start(session: AsyncSession) -> list[asyncio.Task[Any]]:
         task = asyncio.create_task(add_note(session, "lost"))
         await asyncio.sleep(0.02)
         return [task]
 
-    async with ctxalchemy.new_non_ctx_session(connection) as rival:
+    async with ctxalchemy.new_non_ctx_session(db) as rival:
         await add_note(rival, "the rival's")
-        busy = Busy(ctxalchemy, connection, start, end)
+        busy = Busy(ctxalchemy, db, start, end)
         request = asyncio.create_task(busy())
         await busy.gate.reached()
         await asyncio.sleep(0.05)
@@ -510,27 +506,27 @@ async def test_a_task_waits_for_the_pool(
         await rival.commit()
     assert all_failed(await request)
     await busy.assert_ended()
-    await assert_whole(ctxalchemy, database, connection, notes=["the rival's"])
-    await connection.close()
+    await assert_whole(ctxalchemy, schema, db, notes=["the rival's"])
+    await db.close()
 
 
 @asynccontextmanager
-async def over_a_wire(ctxalchemy: ModuleType, database: Database, driver: str) -> AsyncIterator[tuple[Wire, Any]]:
-    async with Wire.to(database.url) as wire:
-        over = type(database)(wire.url(database.url), database.name, database.observer)
+async def over_a_wire(ctxalchemy: ModuleType, schema: Schema, driver: str) -> AsyncIterator[tuple[Wire, Any]]:
+    async with Wire.to(schema.url) as wire:
+        over = type(schema)(wire.url(schema.url), schema.name, schema.observer)
         over_psycopg = driver == "psycopg"
-        connection = psycopg_connection(ctxalchemy, over) if over_psycopg else over.connection(ctxalchemy)
-        yield wire, connection
-        await connection.close()
+        db = psycopg_db(ctxalchemy, over) if over_psycopg else over.db(ctxalchemy)
+        yield wire, db
+        await db.close()
 
 
 @pytest.mark.parametrize("where", ["connecting", "in BEGIN"])
 @pytest.mark.parametrize("end", ENDS)
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
 async def test_a_task_is_connecting_or_in_begin(
-    ctxalchemy: ModuleType, database: Database, driver: str, end: str, where: str
+    ctxalchemy: ModuleType, schema: Schema, driver: str, end: str, where: str
 ) -> None:
-    async with over_a_wire(ctxalchemy, database, driver) as (wire, connection):
+    async with over_a_wire(ctxalchemy, schema, driver) as (wire, db):
 
         async def start(session: AsyncSession) -> list[asyncio.Task[Any]]:
             if where == "in BEGIN":
@@ -541,7 +537,7 @@ async def test_a_task_is_connecting_or_in_begin(
             await wire.held()
             return [task]
 
-        busy = Busy(ctxalchemy, connection, start, end)
+        busy = Busy(ctxalchemy, db, start, end)
         request = asyncio.create_task(busy())
         await busy.gate.reached()
         await asyncio.wait((request,), timeout=0.1)
@@ -549,13 +545,13 @@ async def test_a_task_is_connecting_or_in_begin(
         # The statement may still have come through, to be rolled back.
         assert all_failed(await request) or (driver, where) == ("psycopg", "in BEGIN")
         await busy.assert_ended()
-        await assert_whole(ctxalchemy, database, connection, notes=[])
+        await assert_whole(ctxalchemy, schema, db, notes=[])
 
 
 @pytest.mark.parametrize("steps", [*range(5), 6, 8, 10, 15, 20, 40])
 @pytest.mark.parametrize("end", ["200", "404", "exception"])
 async def test_a_task_has_come_this_far_when_the_request_ends(
-    ctxalchemy: ModuleType, database: Database, connection: Any, end: str, steps: int
+    ctxalchemy: ModuleType, schema: Schema, db: Any, end: str, steps: int
 ) -> None:
     """It opens the connection, begins, prepares and executes a statement: cut off at each turn of the loop."""
 
@@ -565,17 +561,17 @@ async def test_a_task_has_come_this_far_when_the_request_ends(
             await asyncio.sleep(0)
         return [task]
 
-    busy = Busy(ctxalchemy, connection, start, end)
+    busy = Busy(ctxalchemy, db, start, end)
     (outcome,) = await busy()
     error = await busy.witness.error()
-    assert await database.settled()
+    assert await schema.settled()
     if end == "200" and error is None:
         assert busy.witness.statuses == [200]
-        assert await database.notes() == [] or outcome is None
+        assert await schema.notes() == [] or outcome is None
     else:
         await busy.assert_ended()
-        assert await database.notes() == []
-    await assert_whole(ctxalchemy, database, connection, notes=await database.notes())
+        assert await schema.notes() == []
+    await assert_whole(ctxalchemy, schema, db, notes=await schema.notes())
 
 
 # --- in the middle of settling -----------------------------------------------------------------------
@@ -585,10 +581,10 @@ async def test_a_task_has_come_this_far_when_the_request_ends(
 @pytest.mark.parametrize("end", ENDS)
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
 async def test_a_task_is_settling_the_session_itself(
-    ctxalchemy: ModuleType, database: Database, driver: str, end: str, what: str
+    ctxalchemy: ModuleType, schema: Schema, driver: str, end: str, what: str
 ) -> None:
     """Its COMMIT is on the way: it may have been through, but is never undone by half, nor left open."""
-    async with over_a_wire(ctxalchemy, database, driver) as (wire, connection):
+    async with over_a_wire(ctxalchemy, schema, driver) as (wire, db):
 
         async def start(session: AsyncSession) -> list[asyncio.Task[Any]]:
             await add_note(session, "the task's")
@@ -597,7 +593,7 @@ async def test_a_task_is_settling_the_session_itself(
             await wire.held()
             return [task]
 
-        busy = Busy(ctxalchemy, connection, start, end)
+        busy = Busy(ctxalchemy, db, start, end)
         request = asyncio.create_task(busy())
         await busy.gate.reached()
         await asyncio.wait((request,), timeout=0.1)
@@ -609,34 +605,34 @@ async def test_a_task_is_settling_the_session_itself(
             assert busy.witness.statuses in ([int(end)], [])
         else:
             await busy.assert_ended()
-        assert await database.settled()
-        notes = await database.notes()
+        assert await schema.settled()
+        notes = await schema.notes()
         assert notes == [] or what == "COMMIT"
-        await assert_whole(ctxalchemy, database, connection, notes=notes)
+        await assert_whole(ctxalchemy, schema, db, notes=notes)
 
 
 @pytest.mark.parametrize("session_class", CLASSES)
 async def test_a_task_adds_a_session_while_others_are_being_committed(
-    ctxalchemy: ModuleType, database: Database, other: Any, session_class: type[AsyncSession]
+    ctxalchemy: ModuleType, schema: Schema, other_db: Any, session_class: type[AsyncSession]
 ) -> None:
-    connection = connection_with(ctxalchemy, database, session_class)
+    db = db_with(ctxalchemy, schema, session_class)
     tasks: list[asyncio.Task[None]] = []
     gate = Gate()
 
     async def late() -> None:
         await gate()
-        await add_note(await ctxalchemy.db_session(other), "added")
+        await add_note(await ctxalchemy.db_session(other_db), "added")
 
     async def endpoint() -> Answer:
-        await add_note(await ctxalchemy.db_session(connection), "slow")
+        await add_note(await ctxalchemy.db_session(db), "slow")
         tasks.append(asyncio.create_task(late()))
         return Answer()
 
     async def on_start(_message: Any) -> None:
-        assert await database.notes() == ["added", "slow"]
+        assert await schema.notes() == ["added", "slow"]
 
-    witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), connection, other, on_start=on_start)
-    async with CommitGate.close(database) as commit:
+    witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), db, other_db, on_start=on_start)
+    async with CommitGate.close(schema) as commit:
         request = asyncio.create_task(call(witness))
         await commit.reached()
         gate.open()
@@ -644,30 +640,30 @@ async def test_a_task_adds_a_session_while_others_are_being_committed(
         await commit.open()
         await request
     assert await witness.error() is None
-    await assert_whole(ctxalchemy, database, connection, other, notes=["slow", "added"])
-    await connection.close()
+    await assert_whole(ctxalchemy, schema, db, other_db, notes=["slow", "added"])
+    await db.close()
 
 
 async def test_a_task_adds_a_session_that_cannot_be_committed_while_others_are(
-    ctxalchemy: ModuleType, database: Database, connection: Any, other: Any, third: Any
+    ctxalchemy: ModuleType, schema: Schema, db: Any, other_db: Any, third_db: Any
 ) -> None:
     tasks: list[asyncio.Task[None]] = []
     gate = Gate()
 
     async def late() -> None:
         await gate()
-        session = await ctxalchemy.db_session(third)
+        session = await ctxalchemy.db_session(third_db)
         await add_note(session, "lost")
         await break_commit(session)
 
     async def endpoint() -> Answer:
-        await add_note(await ctxalchemy.db_session(connection), "slow")
-        await add_note(await ctxalchemy.db_session(other), "second")
+        await add_note(await ctxalchemy.db_session(db), "slow")
+        await add_note(await ctxalchemy.db_session(other_db), "second")
         tasks.append(asyncio.create_task(late()))
         return Answer()
 
-    witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), connection, other, third)
-    async with CommitGate.close(database) as commit:
+    witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), db, other_db, third_db)
+    async with CommitGate.close(schema) as commit:
         request = asyncio.create_task(call(witness))
         await commit.reached()
         gate.open()
@@ -675,16 +671,16 @@ async def test_a_task_adds_a_session_that_cannot_be_committed_while_others_are(
         await commit.open()
         with pytest.raises(ctxalchemy.PartialCommitError) as caught:
             await request
-    assert caught.value.committed == (connection, other)
-    assert caught.value.failed == (third,)
+    assert caught.value.committed == (db, other_db)
+    assert caught.value.failed == (third_db,)
     assert isinstance(caught.value.__cause__, IntegrityError)
     assert witness.sent == []
-    await assert_whole(ctxalchemy, database, connection, other, third, notes=["slow", "second"])
+    await assert_whole(ctxalchemy, schema, db, other_db, third_db, notes=["slow", "second"])
 
 
 @pytest.mark.parametrize("end", ["404", "exception"])
 async def test_a_task_adds_a_session_while_others_are_being_rolled_back(
-    ctxalchemy: ModuleType, database: Database, other: Any, end: str
+    ctxalchemy: ModuleType, schema: Schema, other_db: Any, end: str
 ) -> None:
     """It is rolled back with them, or comes too late; it is not left open."""
     rolling_back = Gate()
@@ -694,10 +690,10 @@ async def test_a_task_adds_a_session_while_others_are_being_rolled_back(
             await rolling_back()
             await super().rollback()
 
-    connection = connection_with(ctxalchemy, database, SlowToRollBack)
+    db = db_with(ctxalchemy, schema, SlowToRollBack)
 
     async def write() -> None:
-        await add_note(await ctxalchemy.db_session(other), "lost too")
+        await add_note(await ctxalchemy.db_session(other_db), "lost too")
 
     async def start(session: AsyncSession) -> list[asyncio.Task[Any]]:
         await add_note(session, "lost")
@@ -708,7 +704,7 @@ async def test_a_task_adds_a_session_while_others_are_being_rolled_back(
 
         return [asyncio.create_task(late())]
 
-    busy = Busy(ctxalchemy, connection, start, end)
+    busy = Busy(ctxalchemy, db, start, end)
     request = asyncio.create_task(busy())
     await rolling_back.reached()
     with contextlib.suppress(ctxalchemy.ContextClosedError):
@@ -717,16 +713,16 @@ async def test_a_task_adds_a_session_while_others_are_being_rolled_back(
     (outcome,) = await request
     assert outcome is None or isinstance(outcome, ctxalchemy.ContextClosedError)
     await busy.assert_ended()
-    assert await checked_out(other) == 0
-    await connection.close()
-    await assert_whole(ctxalchemy, database, other, notes=[])
+    assert await checked_out(other_db) == 0
+    await db.close()
+    await assert_whole(ctxalchemy, schema, other_db, notes=[])
 
 
 # --- what the application itself does to a session that another task is busy on -----------------------
 
 
 async def test_statements_of_one_session_that_are_cancelled_at_once_close_its_connection_once(
-    ctxalchemy: ModuleType, database: Database, driven: Any
+    ctxalchemy: ModuleType, schema: Schema, driven: Any
 ) -> None:
     """Closed twice, it would take along the connection that the next request has got meanwhile."""
     kept: list[Any] = []
@@ -745,10 +741,10 @@ async def test_statements_of_one_session_that_are_cancelled_at_once_close_its_co
         await session.execute(text("SELECT pg_sleep(0.2)"))
 
     async def is_sleeping() -> bool:
-        return await sleeping(database)
+        return await sleeping(schema)
 
     async def all_closed() -> bool:
-        return await database.backends() == []
+        return await schema.backends() == []
 
     first = asyncio.create_task(ctxalchemy.run_in_new_ctx(work))
     assert await eventually(is_sleeping)
@@ -758,7 +754,7 @@ async def test_statements_of_one_session_that_are_cancelled_at_once_close_its_co
     with pytest.raises(asyncio.CancelledError):
         await first
     await second
-    await assert_whole(ctxalchemy, database, driven, notes=["written"])
+    await assert_whole(ctxalchemy, schema, driven, notes=["written"])
     # Nobody else has a connection open either.
     await driven.close()
     # The server notices it a moment later where psycopg closes.
@@ -766,12 +762,12 @@ async def test_statements_of_one_session_that_are_cancelled_at_once_close_its_co
 
 
 async def test_a_statement_that_is_cancelled_in_line_leaves_that_of_another_task_alone(
-    ctxalchemy: ModuleType, database: Database, driven: Any
+    ctxalchemy: ModuleType, schema: Schema, driven: Any
 ) -> None:
     """SQLAlchemy would close the connection under it, which over psycopg would never end then."""
 
     async def is_sleeping() -> bool:
-        return await sleeping(database)
+        return await sleeping(schema)
 
     async with ctxalchemy.new_ctx():
         session = await ctxalchemy.db_session(driven)
@@ -785,13 +781,13 @@ async def test_a_statement_that_is_cancelled_in_line_leaves_that_of_another_task
             await second
         assert not first.done()
         await asyncio.wait_for(first, 5)
-    await assert_whole(ctxalchemy, database, driven, notes=["written"])
+    await assert_whole(ctxalchemy, schema, driven, notes=["written"])
 
 
 @pytest.mark.parametrize("steps", range(4))
 @pytest.mark.parametrize("how", ["rollback", "commit", "close"])
 async def test_an_application_that_ends_a_session_itself_while_another_task_is_busy_on_it_poisons_no_pool(
-    ctxalchemy: ModuleType, database: Database, driven: Any, how: str, steps: int
+    ctxalchemy: ModuleType, schema: Schema, driven: Any, how: str, steps: int
 ) -> None:
     """Whether the task's statement goes on, or is cancelled and its connection being closed."""
 
@@ -801,7 +797,7 @@ async def test_an_application_that_ends_a_session_itself_while_another_task_is_b
         task = asyncio.create_task(session.execute(text("SELECT pg_sleep(30)")))
 
         async def is_sleeping() -> bool:
-            return await sleeping(database)
+            return await sleeping(schema)
 
         assert await eventually(is_sleeping)
         task.cancel()
@@ -814,11 +810,11 @@ async def test_an_application_that_ends_a_session_itself_while_another_task_is_b
         raise LookupError("the application")
 
     async def all_closed() -> bool:
-        return await database.backends() == []
+        return await schema.backends() == []
 
     with pytest.raises(LookupError):
         await ctxalchemy.run_in_new_ctx(work)
-    await assert_whole(ctxalchemy, database, driven, notes=[])
+    await assert_whole(ctxalchemy, schema, driven, notes=[])
     await driven.close()
     # The server notices it a moment later where psycopg closes.
     assert await eventually(all_closed)

@@ -1,0 +1,113 @@
+"""Looking into the context: get, put and pop."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from support.schema import Schema, add_note
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+
+async def test_get_returns_the_session_and_never_makes_one(ctxalchemy: ModuleType, db: Any) -> None:
+    with pytest.raises(ctxalchemy.ContextNotInitiatedError):
+        ctxalchemy.get_db_session_from_context(db)
+    async with ctxalchemy.new_ctx():
+        assert ctxalchemy.get_db_session_from_context(db) is None
+        session = await ctxalchemy.db_session(db)
+        assert ctxalchemy.get_db_session_from_context(db) is session
+
+
+async def test_what_is_put_is_the_session_of_the_context_and_settled_with_it(
+    ctxalchemy: ModuleType, schema: Schema, db: Any
+) -> None:
+    session = await db.create_session()
+    async with ctxalchemy.new_ctx():
+        ctxalchemy.put_db_session_to_context(db, session)
+        assert await ctxalchemy.db_session(db) is session
+        await add_note(session, "put")
+    assert await schema.notes() == ["put"]
+    assert not session.in_transaction()
+
+
+async def test_what_is_put_replaces_what_was_there_which_stays_its_owners(
+    ctxalchemy: ModuleType, schema: Schema, db: Any, other_db: Any
+) -> None:
+    async with ctxalchemy.new_ctx():
+        replaced = await ctxalchemy.db_session(other_db)
+        await add_note(replaced, "replaced")
+        session = await db.create_session()
+        ctxalchemy.put_db_session_to_context(other_db, session)
+        assert await ctxalchemy.db_session(other_db) is session
+    assert await schema.notes() == []
+    await replaced.commit()
+    await replaced.close()
+    assert await schema.notes() == ["replaced"]
+
+
+async def test_what_is_popped_is_its_takers(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
+    async with ctxalchemy.new_ctx():
+        session = await ctxalchemy.db_session(db)
+        await add_note(session, "popped")
+        assert ctxalchemy.pop_db_session_from_context(db) is session
+        assert ctxalchemy.pop_db_session_from_context(db) is None
+        assert ctxalchemy.get_db_session_from_context(db) is None
+    assert await schema.notes() == []
+    await session.commit()
+    await session.close()
+    assert await schema.notes() == ["popped"]
+
+
+async def test_after_a_pop_the_next_call_makes_another_session(ctxalchemy: ModuleType, db: Any) -> None:
+    async with ctxalchemy.new_ctx():
+        await ctxalchemy.db_session(db)
+        popped = ctxalchemy.pop_db_session_from_context(db)
+        assert await ctxalchemy.db_session(db) is not popped
+
+
+async def test_the_entries_of_many_connections_do_not_get_mixed_up(ctxalchemy: ModuleType) -> None:
+    databases = [ctxalchemy.DBConnect.from_url("sqlite+aiosqlite://") for _ in range(7)]
+    sessions = {each: await each.create_session() for each in databases}
+    async with ctxalchemy.new_ctx():
+        for each, session in sessions.items():
+            ctxalchemy.put_db_session_to_context(each, session)
+        for each in (databases[3], databases[0], databases[6]):
+            assert ctxalchemy.pop_db_session_from_context(each) is sessions.pop(each)
+            found = {left: ctxalchemy.get_db_session_from_context(left) for left in databases}
+            assert found == {left: sessions.get(left) for left in databases}
+
+
+async def test_without_a_context_put_is_an_error_and_pop_finds_nothing(ctxalchemy: ModuleType, db: Any) -> None:
+    session = await db.create_session()
+    with pytest.raises(ctxalchemy.ContextNotInitiatedError) as caught:
+        ctxalchemy.put_db_session_to_context(db, session)
+    assert type(caught.value) is ctxalchemy.ContextNotInitiatedError
+    assert ctxalchemy.pop_db_session_from_context(db) is None
+
+
+async def test_in_a_closed_context_put_is_an_error_and_the_others_find_nothing(ctxalchemy: ModuleType, db: Any) -> None:
+    closed = asyncio.Event()
+
+    async def late() -> None:
+        await closed.wait()
+        assert ctxalchemy.get_db_session_from_context(db) is None
+        assert ctxalchemy.pop_db_session_from_context(db) is None
+        ctxalchemy.put_db_session_to_context(db, session)
+
+    async with ctxalchemy.new_ctx():
+        session = await ctxalchemy.db_session(db)
+        task = asyncio.create_task(late())
+    closed.set()
+    with pytest.raises(ctxalchemy.ContextClosedError):
+        await task
+
+
+async def test_only_connections_have_sessions(ctxalchemy: ModuleType, db: Any) -> None:
+    async with ctxalchemy.new_ctx():
+        session = await ctxalchemy.db_session(db)
+        with pytest.raises(TypeError, match="expected a DBConnect"):
+            ctxalchemy.put_db_session_to_context("connection", session)
+        assert ctxalchemy.get_db_session_from_context(db) is session

@@ -1,0 +1,330 @@
+"""The connection: built lazily, left as it was by whatever fails, usable again after it is closed."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from sqlalchemy import make_url, text
+from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from support.schema import Schema, add_note, checked_out
+from support.sessions import Note, maker_creator
+from support.waiting import eventually
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+URL = "sqlite+aiosqlite://"
+
+
+class Creator:
+    """An engine creator that knows what it was called with, and fails while it is told to."""
+
+    def __init__(self) -> None:
+        self.hosts: list[str] = []
+        self.error: Exception | None = None
+
+    def __call__(self, host: str) -> AsyncEngine:
+        self.hosts.append(host)
+        if self.error is not None:
+            raise self.error
+        return create_async_engine(URL)
+
+
+def hostless(ctxalchemy: ModuleType) -> Any:
+    return ctxalchemy.DBConnect(Creator(), maker_creator())
+
+
+async def test_nothing_is_built_before_it_is_needed(ctxalchemy: ModuleType) -> None:
+    creator = Creator()
+    db = ctxalchemy.DBConnect(creator, maker_creator(), "there")
+    async with ctxalchemy.new_ctx():
+        assert (db.host, creator.hosts) == ("there", [])
+        await ctxalchemy.db_session(db)
+        assert creator.hosts == ["there"]
+
+
+async def test_a_session_connects_to_the_database_only_for_its_first_statement(
+    ctxalchemy: ModuleType, schema: Schema, db: Any
+) -> None:
+    async with ctxalchemy.new_ctx():
+        session = await ctxalchemy.db_session(db)
+        assert await schema.backends() == []
+        await session.execute(text("SELECT 1"))
+        assert await schema.backends() == ["idle in transaction"]
+
+
+async def test_many_tasks_at_first_use_build_one_engine(ctxalchemy: ModuleType) -> None:
+    creator = Creator()
+    db = ctxalchemy.DBConnect(creator, maker_creator(), "there")
+    sessions = await asyncio.gather(
+        *(ctxalchemy.run_in_new_ctx(ctxalchemy.db_session, db) for _ in range(50)),
+        *(db.create_session() for _ in range(50)),
+    )
+    assert creator.hosts == ["there"]
+    assert len({id(session) for session in sessions}) == 100
+    assert len({id(session.bind) for session in sessions}) == 1
+
+
+async def test_an_empty_host_is_refused(ctxalchemy: ModuleType) -> None:
+    db = hostless(ctxalchemy)
+    with pytest.raises(ValueError, match=r"^host must not be empty$"):
+        ctxalchemy.DBConnect(Creator(), maker_creator(), "")
+    with pytest.raises(ValueError, match=r"^host must not be empty$"):
+        await db.connect("")
+    with pytest.raises(ValueError, match=r"^host must not be empty$"):
+        await db.change_host("")
+    assert db.host is None
+
+
+async def test_a_host_is_needed_for_whatever_connects(ctxalchemy: ModuleType) -> None:
+    db = hostless(ctxalchemy)
+    with pytest.raises(ValueError, match=r"^host is not set$"):
+        await db.create_session()
+    with pytest.raises(ValueError, match=r"^host is not set$"):
+        await db.session_maker()
+    async with ctxalchemy.new_ctx():
+        with pytest.raises(ValueError, match=r"^host is not set$"):
+            await ctxalchemy.db_session(db)
+        with pytest.raises(ValueError, match=r"^host is not set$"):
+            ctxalchemy.db_session_nowait(db)
+        await db.connect("there")
+        assert await ctxalchemy.db_session(db) is ctxalchemy.db_session_nowait(db)
+
+
+async def test_connecting_builds_the_engine_once_for_each_host(ctxalchemy: ModuleType) -> None:
+    db = hostless(ctxalchemy)
+    await db.connect("here")
+    await db.connect("here")
+    await db.change_host("here")
+    await db.create_session()
+    assert db.engine_creator.hosts == ["here"]
+    await db.connect("there")
+    await db.create_session()
+    assert (db.host, db.engine_creator.hosts) == ("there", ["here", "there"])
+
+
+async def test_a_failing_engine_creator_leaves_the_connection_as_it_was(ctxalchemy: ModuleType) -> None:
+    db = hostless(ctxalchemy)
+    creator = db.engine_creator
+    creator.error = OSError("no such host")
+    with pytest.raises(OSError, match="no such host"):
+        await db.connect("here")
+    assert db.host is None
+
+    creator.error = None
+    await db.connect("here")
+    maker = await db.session_maker()
+    creator.error = OSError("no such host")
+    with pytest.raises(OSError, match="no such host"):
+        await db.change_host("there")
+    assert db.host == "here"
+    assert await db.session_maker() is maker
+
+    creator.error = None
+    await db.change_host("there")
+    assert db.host == "there"
+    assert await db.session_maker() is not maker
+
+
+async def test_a_failing_session_maker_creator_leaves_the_connection_as_it_was(ctxalchemy: ModuleType) -> None:
+    db = hostless(ctxalchemy)
+    create = db.session_maker_creator
+    await db.connect("here")
+    maker = await db.session_maker()
+
+    def fail(_engine: AsyncEngine) -> Any:
+        raise LookupError("no maker")
+
+    db.session_maker_creator = fail
+    with pytest.raises(LookupError, match="no maker"):
+        await db.change_host("there")
+    assert db.host == "here"
+    assert await db.session_maker() is maker
+    db.session_maker_creator = create
+    await db.change_host("there")
+    assert db.host == "there"
+
+
+async def test_a_creator_that_fails_at_first_use_is_asked_again_at_the_next(ctxalchemy: ModuleType, db: Any) -> None:
+    create, creator = db.engine_creator, Creator()
+    creator.error = OSError("not yet")
+    db.engine_creator = creator
+    async with ctxalchemy.new_ctx():
+        with pytest.raises(OSError, match="not yet"):
+            await ctxalchemy.db_session(db)
+        assert ctxalchemy.get_db_session_from_context(db) is None
+        db.engine_creator = create
+        await add_note(await ctxalchemy.db_session(db), "now")
+
+
+async def test_the_handler_is_awaited_with_the_connection_before_each_new_session(
+    ctxalchemy: ModuleType, schema: Schema
+) -> None:
+    calls = []
+
+    async def handler(connect: Any) -> None:
+        calls.append(connect)
+
+    db = ctxalchemy.DBConnect.from_url(URL, before_create_session_handler=handler)
+    async with ctxalchemy.new_ctx():
+        await ctxalchemy.db_session(db)
+        await ctxalchemy.db_session(db)
+    await db.create_session()
+    async with ctxalchemy.new_non_ctx_session(db):
+        pass
+    assert calls == [db] * 3
+
+
+async def test_the_handler_may_say_the_host(ctxalchemy: ModuleType) -> None:
+    async def handler(connect: Any) -> None:
+        await connect.change_host("chosen")
+
+    db = ctxalchemy.DBConnect(Creator(), maker_creator(), before_create_session_handler=handler)
+    async with ctxalchemy.new_ctx():
+        await ctxalchemy.db_session(db)
+    assert (db.host, db.engine_creator.hosts) == ("chosen", ["chosen"])
+
+
+async def test_a_failing_handler_raises_to_its_caller_and_the_next_one_is_served(
+    ctxalchemy: ModuleType, schema: Schema
+) -> None:
+    errors = [OSError("no replica")]
+
+    async def handler(_connect: Any) -> None:
+        if errors:
+            raise errors.pop()
+
+    db = schema.db(ctxalchemy, before_create_session_handler=handler)
+    async with ctxalchemy.new_ctx():
+        with pytest.raises(OSError, match="no replica"):
+            await ctxalchemy.db_session(db)
+        assert ctxalchemy.get_db_session_from_context(db) is None
+        assert await checked_out(db) == 0
+        await add_note(await ctxalchemy.db_session(db), "served")
+    assert await schema.notes() == ["served"]
+    await db.close()
+
+
+async def test_an_error_while_a_connection_is_set_up_comes_through(
+    ctxalchemy: ModuleType, schema: Schema, db: Any
+) -> None:
+    """What SQLAlchemy asks the server for at first fails; it has another kind of connection then."""
+
+    def create_engine(host: str) -> AsyncEngine:
+        engine: AsyncEngine = creator(host)
+        dialect: Any = engine.dialect
+        dialect._get_server_version_info = lambda db: db.exec_driver_sql("SELECT nope")
+        return engine
+
+    creator = db.engine_creator
+    db.engine_creator = create_engine
+    with pytest.raises(DBAPIError, match="nope"):
+        async with ctxalchemy.new_ctx():
+            await (await ctxalchemy.db_session(db)).execute(text("SELECT 1"))
+
+
+async def test_closing_ends_the_connections_and_the_next_use_opens_new_ones(
+    ctxalchemy: ModuleType, schema: Schema, db: Any
+) -> None:
+    await db.close()
+    for name in ("first", "second"):
+        async with ctxalchemy.new_non_ctx_atomic_session(db) as session:
+            await add_note(session, name)
+        assert await schema.backends() == ["idle"]
+        await db.close()
+        await db.close()
+
+        async def gone() -> bool:
+            return await schema.backends() == []
+
+        assert await eventually(gone)
+    assert await schema.notes() == ["first", "second"]
+
+
+async def test_an_engine_that_the_creator_returns_again_keeps_its_connections_again(
+    ctxalchemy: ModuleType, schema: Schema, db: Any
+) -> None:
+    engine = db.engine_creator(db.host)
+    db.engine_creator = lambda _host: engine
+    processes = []
+    for _ in range(3):
+        async with ctxalchemy.new_ctx():
+            processes.append(await (await ctxalchemy.db_session(db)).scalar(text("SELECT pg_backend_pid()")))
+        if len(processes) == 1:
+            await db.close()
+    assert processes[0] != processes[1] == processes[2]
+
+
+async def test_a_session_in_flight_finishes_after_the_connection_was_closed(
+    ctxalchemy: ModuleType, schema: Schema, db: Any
+) -> None:
+    async with ctxalchemy.new_ctx():
+        await add_note(await ctxalchemy.db_session(db), "in flight")
+        await db.close()
+
+    async def gone() -> bool:
+        return await schema.backends() == []
+
+    assert await eventually(gone)
+    assert await schema.notes() == ["in flight"]
+
+
+async def test_sessions_made_by_hand_belong_to_no_context(ctxalchemy: ModuleType, db: Any) -> None:
+    async with ctxalchemy.new_ctx():
+        first, second = await db.create_session(), await db.create_session()
+        assert first is not second
+        assert ctxalchemy.get_db_session_from_context(db) is None
+        await add_note(first, "mine")
+    assert first.in_transaction()
+    await first.close()
+
+
+async def test_a_connection_from_a_url_keeps_what_was_loaded_after_a_commit(ctxalchemy: ModuleType, db: Any) -> None:
+    async with ctxalchemy.new_non_ctx_session(db) as session:
+        note = Note(name="kept")
+        session.add(note)
+        await session.commit()
+        assert note.name == "kept"
+        assert not session.in_transaction()
+
+
+async def test_a_connection_from_a_url_passes_engine_options_on(ctxalchemy: ModuleType, tmp_path: Any) -> None:
+    url = f"sqlite+aiosqlite:///{tmp_path}/notes.db"
+    db = ctxalchemy.DBConnect.from_url(url, pool_size=3, echo_pool=False)
+    engine = (await db.session_maker()).kw["bind"]
+    assert (str(engine.url), engine.pool.size()) == (url, 3)
+    with pytest.raises(TypeError, match="no_such_option"):
+        await ctxalchemy.DBConnect.from_url(url, no_such_option=1).session_maker()
+
+
+async def test_changing_the_host_swaps_it_in_the_url(ctxalchemy: ModuleType) -> None:
+    db = ctxalchemy.DBConnect.from_url(make_url("postgresql+psycopg://ada:secret@here:5433/notes?sslmode=disable"))
+    assert db.host == "here"
+    await db.change_host("there")
+    url = (await db.session_maker()).kw["bind"].url
+    assert (
+        url.render_as_string(hide_password=False) == "postgresql+psycopg://ada:secret@there:5433/notes?sslmode=disable"
+    )
+
+
+async def test_a_url_need_not_name_a_host(ctxalchemy: ModuleType) -> None:
+    db = ctxalchemy.DBConnect.from_url(URL)
+    async with ctxalchemy.new_ctx():
+        session = await ctxalchemy.db_session(db)
+        assert await session.scalar(text("SELECT 1")) == 1
+    await db.close()
+
+
+def test_a_url_that_cannot_be_read_is_refused_at_once(ctxalchemy: ModuleType) -> None:
+    with pytest.raises(ArgumentError):
+        ctxalchemy.DBConnect.from_url("no url")
+
+
+async def test_the_repr_tells_host_and_database_and_no_password(ctxalchemy: ModuleType) -> None:
+    db = ctxalchemy.DBConnect.from_url("postgresql+psycopg://ada:secret@here/notes?password=secret")
+    assert repr(db) == "<DBConnect host='here', not connected>"
+    await db.session_maker()
+    assert repr(db) == "<DBConnect host='here', database='notes', connected>"
