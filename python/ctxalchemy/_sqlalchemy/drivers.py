@@ -11,7 +11,7 @@ import asyncio
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from .internals import await_only, in_greenlet, statement_lock
+from .internals import await_only, has_waiters, in_greenlet, statement_lock
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -23,8 +23,7 @@ CANCEL_TIMEOUT = 2.0
 def is_in_use(connection: Connection) -> bool:
     """Return whether a task is executing a statement on the connection, or is waiting to execute one."""
     lock = _statement_lock(connection)
-    # A lock that is passed to the next task is not locked until that task runs.
-    return lock is not None and (lock.locked() or bool(lock._waiters))
+    return lock is not None and (lock.locked() or has_waiters(lock))
 
 
 def is_executing(connection: Connection) -> bool:

@@ -1,4 +1,4 @@
-"""Every name of SQLAlchemy that is not public: one function for each, and no other module uses such a name.
+"""Every name of SQLAlchemy and asyncio that is not public: one function for each.  No other module uses such a name.
 
 Each function names the private attribute, the reason why the public API is not enough, and the versions with which it
 was checked.  ``tests/test_sqlalchemy_internals.py`` has a canary test for each function, which fails if a new version
@@ -27,6 +27,7 @@ __all__ = [
     "close_permanently",
     "greenlet_spawn",
     "has_objects",
+    "has_waiters",
     "in_greenlet",
     "is_concurrent_use",
     "is_permanently_closed",
@@ -80,6 +81,15 @@ def statement_lock(connection: Connection) -> asyncio.Lock | None:
         None for aiosqlite before SQLAlchemy 2.1 (the thread of aiosqlite serializes statements) and for oracledb.
     """
     return getattr(connection.connection.dbapi_connection, "_execute_mutex", None)
+
+
+def has_waiters(lock: asyncio.Lock) -> bool:
+    """Return whether tasks are waiting for the lock: ``asyncio.Lock._waiters``.
+
+    A lock that is passed to the next task is not locked until that task runs, and asyncio has no public way to detect
+    this.  Checked with CPython 3.11 to 3.15 and PyPy 3.11.
+    """
+    return bool(lock._waiters)
 
 
 def is_concurrent_use(error: BaseException) -> bool:
