@@ -1,4 +1,4 @@
-"""Show the examples of the docstrings as code: the parser knows the heading in the plural only."""
+"""Render the examples in docstrings as code: the docstring parser accepts only the plural heading ``Examples:``."""
 
 from __future__ import annotations
 

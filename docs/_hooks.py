@@ -1,4 +1,4 @@
-"""Leave out of the pages what is only for their tests: see examples/tests/test_docs.py."""
+"""Remove the comments for the tests of the documentation from the pages: see examples/tests/test_docs.py."""
 
 from __future__ import annotations
 
