@@ -1,4 +1,4 @@
-"""What the demonstration asks of the service, in this order, and what it is promised."""
+"""The requests that the demonstration sends, in this order, and what is promised for each of them."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Case:
-    """A request, and all that may come of it."""
+    """A request and its promised results."""
 
-    what: str
+    scenario: str
     request: str
     json: Any = None
     outcome: str = "200"
-    """The status, and the error that the server or a late task ends with."""
+    """The status, followed by the exception that the server or a task of the request logs, if any."""
     body: bytes | None = None
-    """What the client receives, where it matters."""
-    at_once: frozenset[str] = frozenset()
-    """New rows that are there when the response begins."""
-    later: frozenset[str] = frozenset()
-    """Further ones that are there once everything the request started is over."""
+    """The body that the client receives. None means that the body is not checked."""
+    rows_at_start: frozenset[str] = frozenset()
+    """New rows that are committed when the response starts."""
+    later_rows: frozenset[str] = frozenset()
+    """Further rows that are committed when the request and all its tasks have ended."""
     deadline: str | None = None
-    """The seconds after which the request is cancelled."""
-    hang_up: bool = False
-    """The client leaves after the first bytes of the body."""
+    """The number of seconds after which the request is cancelled."""
+    disconnect: bool = False
+    """Whether the client disconnects after the first bytes of the body."""
 
 
 def rows(*names: str) -> frozenset[str]:
@@ -33,115 +33,115 @@ def rows(*names: str) -> frozenset[str]:
 
 CASES = [
     Case(
-        "A write, seen from outside at once",
+        "A write is visible at response start",
         "POST /customers",
         {"name": "Ada"},
         "201",
-        at_once=rows("customer Ada"),
+        rows_at_start=rows("customer Ada"),
     ),
     Case(
-        "A read",
+        "A request only reads",
         "GET /customers",
         body=b'["Ada"]',
     ),
     Case(
-        "An exception after a write",
+        "A handler raises after a write",
         "POST /import",
         ["Bob", ""],
         "500 ValueError",
     ),
     Case(
-        "A handled error after a write",
+        "A handler returns 409 after a write",
         "POST /import",
         ["Bob", "Ada"],
         "409",
     ),
     Case(
-        "A request cancelled by a deadline",
+        "A deadline cancels the request",
         "POST /customers",
         {"name": "Bob", "check_seconds": 60},
         "504",
         deadline="0.2",
     ),
     Case(
-        "Two databases",
+        "A request writes to two databases",
         "POST /orders",
         {"customer": "Ada", "item": "tea", "reference": "A-1"},
         "201",
-        at_once=rows("order tea", "audit A-1"),
+        rows_at_start=rows("order tea", "audit A-1"),
     ),
     Case(
-        "The COMMIT itself fails",
+        "The first of two COMMITs fails",
         "POST /orders",
         {"customer": "Nobody", "item": "jam", "reference": "A-2"},
         "500 IntegrityError",
     ),
     Case(
-        "One of the two refuses its row",
+        "The second of two INSERTs fails",
         "POST /orders",
         {"customer": "Ada", "item": "jam", "reference": "A-1"},
         "500 IntegrityError",
     ),
-    # Two databases do not commit in one step: the error tells which of them did.
+    # Two databases cannot commit atomically. PartialCommitError names the databases that were committed.
     Case(
-        "Only the second COMMIT fails",
+        "The second of two COMMITs fails",
         "POST /orders",
         {"customer": "Ada", "item": "jam", "reference": "A-2", "clerk": "Nobody"},
         "500 PartialCommitError",
-        at_once=rows("order jam"),
+        rows_at_start=rows("order jam"),
     ),
     Case(
-        "A background task that writes",
+        "A background task writes",
         "POST /customers",
         {"name": "Bob", "letter": "Welcome."},
         "201",
-        at_once=rows("customer Bob"),
-        later=rows("letter Bob"),
+        rows_at_start=rows("customer Bob"),
+        later_rows=rows("letter Bob"),
     ),
     Case(
-        "A background task that fails",
+        "A background task fails",
         "POST /customers",
         {"name": "Cyd", "letter": ""},
         "201 ValueError",
-        at_once=rows("customer Cyd"),
+        rows_at_start=rows("customer Cyd"),
     ),
     Case(
-        "A stream that writes on its way",
+        "A stream writes while it is sent",
         "POST /newsletter",
         {"to": ["Ada", "Cyd"], "reference": "N-1"},
         body=b"Ada\nCyd\n",
-        later=rows("letter Ada", "letter Cyd", "audit N-1"),
+        later_rows=rows("letter Ada", "letter Cyd", "audit N-1"),
     ),
     Case(
-        "A stream that fails on its way",
+        "A stream fails while it is sent",
         "POST /newsletter",
         {"to": ["Dan", ""], "reference": "N-2"},
         "200 ValueError",
         body=b"Dan\n",
-        later=rows("letter Dan"),
+        later_rows=rows("letter Dan"),
     ),
     Case(
-        "A client hangs up in mid-stream",
+        "The client disconnects during a stream",
         "POST /newsletter",
         {"to": ["Eve", "Fay"], "reference": "N-3", "pause_seconds": 60},
         body=b"Eve\n",
-        later=rows("letter Eve"),
-        hang_up=True,
+        later_rows=rows("letter Eve"),
+        disconnect=True,
     ),
     Case(
-        "Three queries at the same time",
+        "Three queries run concurrently",
         "GET /summary",
         body=b'{"customers":3,"orders":2,"letters":5}',
     ),
     Case(
-        "A late task with its own context",
+        "A task outlives its request (new_ctx)",
         "POST /reminders",
         {"to": "Gus", "own_context": True},
         "202",
-        later=rows("letter Gus"),
+        later_rows=rows("letter Gus"),
     ),
     Case(
-        "A late task without one",
+        "A task outlives its request (no new_ctx)",
         "POST /reminders",
         {"to": "Hal", "own_context": False},
         "202 ContextClosedError",

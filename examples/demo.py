@@ -1,6 +1,6 @@
-"""Ask a real service over HTTP, look into its databases from outside, and tell whether all is as promised.
+"""Send requests to a real service over HTTP, read its databases on other connections, and check every promise.
 
-``python examples/demo.py`` prints a table, and fails where anything is not.
+``python examples/demo.py`` prints a table, and exits with status 1 if a promise is broken.
 """
 
 from __future__ import annotations
@@ -17,88 +17,105 @@ import httpx
 import sqlalchemy
 import uvicorn
 from cases import CASES, Case
-from shop.database import databases
-from stage import Stage, checked_out, database_version, rows, stage
+from service import RunningService, checked_out, database_version, rows, run_service
+from shop.database import temporary_databases
 from table import RED, Table, paint
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What became of a request."""
+class Observation:
+    """The observed results of a request."""
 
     outcome: str
     body: bytes
-    at_once: set[str]
-    after: set[str]
+    rows_at_start: set[str]
+    rows_at_end: set[str]
     checked_out: int
 
 
-async def play(case: Case, client: httpx.AsyncClient, stage: Stage) -> Seen:
-    """Ask, and look into the databases when the response begins, and again when everything is over."""
+async def run_case(case: Case, client: httpx.AsyncClient, service: RunningService) -> Observation:
+    """Send the request. Read the databases when the response starts, and again when the service is idle."""
     before = await rows()
     method, path = case.request.split()
     headers = {"Request-Timeout": case.deadline} if case.deadline else {}
     body = b""
     async with client.stream(method, path, json=case.json, headers=headers) as response:
-        at_once = await rows() - before
-        # A stream that fails is cut short: that is an error for the client too.
+        rows_at_start = await rows() - before
+        # If a stream fails, the server closes the TCP connection early, and the client raises this error.
         with contextlib.suppress(httpx.RemoteProtocolError):
             async for chunk in response.aiter_bytes():
                 body += chunk
-                if case.hang_up:
+                if case.disconnect:
                     break
-    errors = await stage.all_over()
+    errors = await service.wait_until_idle()
     outcome = " ".join([str(response.status_code), *errors])
-    return Seen(outcome, body, at_once, await rows() - before, await checked_out())
+    return Observation(outcome, body, rows_at_start, await rows() - before, await checked_out())
 
 
-def broken_promises(case: Case, seen: Seen) -> list[str]:
-    """Tell what was promised and what was seen instead."""
-    everything = case.at_once | case.later
+def broken_promises(case: Case, observed: Observation) -> list[str]:
+    """Return a line for each difference between what is promised and what was observed."""
+    all_rows = case.rows_at_start | case.later_rows
     checks = [
-        ("outcome", seen.outcome == case.outcome, case.outcome, seen.outcome),
-        ("body", case.body in (None, seen.body), case.body, seen.body),
+        ("status and error", observed.outcome == case.outcome, case.outcome, observed.outcome),
+        ("body", case.body in (None, observed.body), case.body, observed.body),
         (
-            "rows as the response begins",
-            case.at_once <= seen.at_once <= everything,
-            in_words(case.at_once),
-            in_words(seen.at_once),
+            "new rows when the response starts",
+            case.rows_at_start <= observed.rows_at_start <= all_rows,
+            describe(case.rows_at_start),
+            describe(observed.rows_at_start),
         ),
-        ("rows in the end", seen.after == everything, in_words(everything), in_words(seen.after)),
-        ("connections checked out", seen.checked_out == 0, 0, seen.checked_out),
+        (
+            "new rows when all work has ended",
+            observed.rows_at_end == all_rows,
+            describe(all_rows),
+            describe(observed.rows_at_end),
+        ),
+        ("connections checked out", observed.checked_out == 0, 0, observed.checked_out),
     ]
-    return [f"{what}: promised {wanted!r}, seen {found!r}" for what, kept, wanted, found in checks if not kept]
+    return [
+        f"{what}: promised {promised!r}, observed {found!r}"
+        for what, is_as_promised, promised, found in checks
+        if not is_as_promised
+    ]
 
 
-def in_words(found: Iterable[str]) -> str:
-    """Tell of rows as ``letter Ada, Cyd; order tea``."""
+def describe(found: Iterable[str]) -> str:
+    """Format rows as ``letter Ada, Cyd; order tea``."""
     names: dict[str, list[str]] = {}
     for row in sorted(found):
         table, _, name = row.partition(" ")
         names.setdefault(table, []).append(name)
-    return "; ".join(f"{table} {', '.join(those)}" for table, those in names.items()) or "nothing"
+    return "; ".join(f"{table} {', '.join(values)}" for table, values in names.items()) or "none"
 
 
 async def demonstrate() -> bool:
-    """Print the table; return whether all promises were kept."""
-    async with databases(), stage() as the_stage, httpx.AsyncClient(base_url=the_stage.url, timeout=30) as client:
+    """Print the table. Return whether all results are as promised."""
+    async with (
+        temporary_databases(),
+        run_service() as service,
+        httpx.AsyncClient(base_url=service.url, timeout=30) as client,
+    ):
         print(
             f"ctxalchemy ({ctxalchemy.BACKEND} backend), {platform.python_implementation()} "
             f"{platform.python_version()}, SQLAlchemy {sqlalchemy.__version__}, {await database_version()}\n"
-            f"FastAPI on uvicorn {uvicorn.__version__}, asked over TCP; the databases are read on other connections\n"
+            f"The service is FastAPI on uvicorn {uvicorn.__version__} over TCP. "
+            "The new rows are read on separate connections.\n"
         )
-        table = Table(what_happens=34, asked=16, status_and_error=22, new_in_the_database=26, kept=4)
-        kept = 0
+        table = Table(scenario=40, request=16, status_and_error=22, new_rows_in_the_databases=26, as_promised=11)
+        as_promised = 0
         for case in CASES:
-            seen = await play(case, client, the_stage)
-            broken = broken_promises(case, seen)
-            table.row(case.what, case.request, seen.outcome, in_words(seen.after), good=not broken)
+            observed = await run_case(case, client, service)
+            broken = broken_promises(case, observed)
+            table.row(case.scenario, case.request, observed.outcome, describe(observed.rows_at_end), good=not broken)
             for line in broken:
                 print(paint(f"    {line}", RED))
-            kept += not broken
-        left = await checked_out()
-    print(f"\n{kept} of {len(CASES)} as promised; database connections still checked out: {left}")
-    return kept == len(CASES) and left == 0
+            as_promised += not broken
+        still_checked_out = await checked_out()
+    print(
+        f"\n{as_promised} of {len(CASES)} requests behaved as promised; "
+        f"connections still checked out: {still_checked_out}"
+    )
+    return as_promised == len(CASES) and still_checked_out == 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Leave the example service running: ``python examples/serve.py``."""
+"""Serve the example service until it is stopped: ``python examples/serve.py``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from shop.api import app
 
 def main() -> None:
     host, port = os.environ.get("HOST", "127.0.0.1"), int(os.environ.get("PORT", "8000"))
-    print(f"The shop is open at http://{host}:{port}/docs", flush=True)
+    print(f"The documentation of the shop's API is at http://{host}:{port}/docs", flush=True)
     uvicorn.run(app, host=host, port=port)
 
 

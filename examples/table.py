@@ -1,4 +1,4 @@
-"""A table in plain text; in colour where a person looks at it."""
+"""A plain-text table, with colours if the output is a terminal."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ RED, GREEN, BOLD, DIM = "31", "32", "1", "2"
 
 
 def paint(text: str, colour: str) -> str:
-    """Colour the text on a terminal, unless https://no-color.org is asked for."""
+    """Colour the text if the output is a terminal and ``NO_COLOR`` (https://no-color.org) is not set."""
     if os.environ.get("NO_COLOR") or not sys.stdout.isatty():
         return text
     return f"\033[{colour}m{text}\033[0m"
 
 
 class Table:
-    """Prints rows as they come, in columns of these widths."""
+    """Prints each row at once, in columns of the given widths."""
 
     def __init__(self, **columns: int) -> None:
         self._widths = tuple(columns.values())
-        titles = [name.replace("_", " ") for name in columns]
+        titles = [name.replace("_", " ").capitalize() for name in columns]
         print(paint(self._line(titles), BOLD))
         print(paint("  ".join("-" * width for width in self._widths), DIM))
 
     def row(self, *cells: str, good: bool) -> None:
-        """Print a row that ends with whether it is as it should be."""
+        """Print a row. Its last cell is "yes" if the result is good, and "NO" if it is not."""
         *others, last = self._line([*cells, "yes" if good else "NO"]).rpartition("  ")
         print("".join(others) + paint(last, GREEN if good else RED), flush=True)
 

@@ -1,1 +1,1 @@
-"""A small shop: a FastAPI service on two databases."""
+"""A small shop: a FastAPI service that uses two databases."""

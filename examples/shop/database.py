@@ -1,6 +1,6 @@
-"""The two databases: two SQLite files in a temporary folder, or two schemas where ``DATABASE_URL`` says.
+"""The two databases: two SQLite files in a temporary folder, or two schemas on the server in ``DATABASE_URL``.
 
-They are the example's own, made when the service starts and removed when it stops.
+The files or schemas belong to this example. They are created when the service starts and removed when it stops.
 """
 
 from __future__ import annotations
@@ -22,46 +22,46 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import ConnectionPoolEntry, NullPool, Pool
 from sqlalchemy.schema import CreateSchema, DropSchema
 
-from .models import Audit, Clerk, Main
+from .models import AuditBase, Clerk, ShopBase
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
-    """Where a database is: a file, or a schema on a server."""
+class Location:
+    """The location of a database: a file, or a schema on a server."""
 
     url: URL
     schema: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
     def engine(self) -> AsyncEngine:
-        """An engine without a pool, which has nothing in common with that of the service."""
+        """Create an engine without a pool. It shares nothing with the engine of the service."""
         return create_async_engine(self.url, poolclass=NullPool, **self.options)
 
 
-_run = uuid4().hex[:8]
-_folder = Path(tempfile.gettempdir(), f"ctxalchemy-example-{_run}")
+_run_id = uuid4().hex[:8]
+_folder = Path(tempfile.gettempdir(), f"ctxalchemy-example-{_run_id}")
 
 
-def _place(name: str) -> Place:
+def _location(name: str) -> Location:
     server = os.environ.get("DATABASE_URL")
     if not server:
-        return Place(URL.create("sqlite+aiosqlite", database=str(_folder / f"{name}.sqlite3")))
-    schema = f"ctxalchemy_example_{_run}_{name}"
-    return Place(make_url(server), schema, {"execution_options": {"schema_translate_map": {None: schema}}})
+        return Location(URL.create("sqlite+aiosqlite", database=str(_folder / f"{name}.sqlite3")))
+    schema = f"ctxalchemy_example_{_run_id}_{name}"
+    return Location(make_url(server), schema, {"execution_options": {"schema_translate_map": {None: schema}}})
 
 
-main_place = _place("main")
-audit_place = _place("audit")
+shop_location = _location("shop")
+audit_location = _location("audit")
 
-# This is all that a service needs here. Nothing is connected before the first session is used.
-main = DBConnect.from_url(main_place.url, **main_place.options)
-audit = DBConnect.from_url(audit_place.url, **audit_place.options)
+# A service needs only these two lines. No connection is opened before the first session executes a statement.
+shop_db = DBConnect.from_url(shop_location.url, **shop_location.options)
+audit_db = DBConnect.from_url(audit_location.url, **audit_location.options)
 
 
 @event.listens_for(Pool, "connect")
-def _prepare_sqlite(connection: DBAPIConnection, _entry: ConnectionPoolEntry) -> None:
-    """Have SQLite check foreign keys, and let others read while one connection writes."""
-    if main_place.url.get_backend_name() == "sqlite":
+def _configure_sqlite(connection: DBAPIConnection, _entry: ConnectionPoolEntry) -> None:
+    """Make SQLite check foreign keys, and allow reads while another connection writes."""
+    if shop_location.url.get_backend_name() == "sqlite":
         cursor = connection.cursor()
         cursor.execute("PRAGMA foreign_keys = ON")
         cursor.execute("PRAGMA journal_mode = WAL")
@@ -70,22 +70,22 @@ def _prepare_sqlite(connection: DBAPIConnection, _entry: ConnectionPoolEntry) ->
 
 
 @asynccontextmanager
-async def databases() -> AsyncIterator[None]:
-    """The databases are there for this block; at its end the service's connections are closed."""
-    with _folder_made():
+async def temporary_databases() -> AsyncIterator[None]:
+    """Create the databases, and at the end of the block close the service's connections and remove the databases."""
+    with _temporary_folder():
         try:
-            await _create(main_place, Main.metadata)
-            await _create(audit_place, Audit.metadata)
+            await _create(shop_location, ShopBase.metadata)
+            await _create(audit_location, AuditBase.metadata)
             yield
         finally:
-            await main.close()
-            await audit.close()
-            await _drop(main_place)
-            await _drop(audit_place)
+            await shop_db.close()
+            await audit_db.close()
+            await _drop(shop_location)
+            await _drop(audit_location)
 
 
 @contextmanager
-def _folder_made() -> Iterator[None]:
+def _temporary_folder() -> Iterator[None]:
     _folder.mkdir(mode=0o700)
     try:
         yield
@@ -93,16 +93,16 @@ def _folder_made() -> Iterator[None]:
         shutil.rmtree(_folder)
 
 
-async def _create(place: Place, tables: MetaData) -> None:
-    async with place.engine().begin() as connection:
-        if place.schema is not None:
-            await connection.execute(CreateSchema(place.schema))
+async def _create(location: Location, tables: MetaData) -> None:
+    async with location.engine().begin() as connection:
+        if location.schema is not None:
+            await connection.execute(CreateSchema(location.schema))
         await connection.run_sync(tables.create_all)
-        if tables is Audit.metadata:
+        if tables is AuditBase.metadata:
             await connection.execute(insert(Clerk).values(name="web"))
 
 
-async def _drop(place: Place) -> None:
-    if place.schema is not None:
-        async with place.engine().begin() as connection:
-            await connection.execute(DropSchema(place.schema, cascade=True, if_exists=True))
+async def _drop(location: Location) -> None:
+    if location.schema is not None:
+        async with location.engine().begin() as connection:
+            await connection.execute(DropSchema(location.schema, cascade=True, if_exists=True))

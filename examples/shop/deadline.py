@@ -1,4 +1,4 @@
-"""A deadline for a request, set by its client: it shows what becomes of a request that is cancelled."""
+"""A deadline for a request, set by its client. The demonstration uses the deadline to cancel a request."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
 class DeadlineMiddleware:
-    """Answer 504 where the response has not begun within the seconds of the header ``Request-Timeout``."""
+    """Respond with 504 if the response has not started within the seconds in the ``Request-Timeout`` header."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one ASGI connection."""
+        """Handle one ASGI scope. The deadline ends when the response starts."""
         seconds = Headers(scope=scope).get("request-timeout") if scope["type"] == "http" else None
         if seconds is None:
             await self.app(scope, receive, send)
             return
 
-        async def send_in_time(message: Message) -> None:
+        async def send_and_end_deadline(message: Message) -> None:
             if not deadline.expired():
                 deadline.reschedule(None)
             await send(message)
@@ -30,8 +30,8 @@ class DeadlineMiddleware:
         deadline = asyncio.timeout(float(seconds))
         try:
             async with deadline:
-                await self.app(scope, receive, send_in_time)
+                await self.app(scope, receive, send_and_end_deadline)
         except TimeoutError:
             if not deadline.expired():
                 raise
-            await PlainTextResponse("This took too long.", 504)(scope, receive, send)
+            await PlainTextResponse("The request exceeded its deadline.", 504)(scope, receive, send)

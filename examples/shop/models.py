@@ -6,33 +6,33 @@ from sqlalchemy import ForeignKey
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, validates
 
 
-class Main(DeclarativeBase):
-    """The tables of the shop itself."""
+class ShopBase(DeclarativeBase):
+    """The base class of the tables in the shop database."""
 
 
-class Customer(Main):
+class Customer(ShopBase):
     __tablename__ = "customers"
 
     id: Mapped[int] = mapped_column(primary_key=True)
     name: Mapped[str] = mapped_column(unique=True)
 
     @validates("name")
-    def _has_a_name(self, _key: str, name: str) -> str:
+    def _validate_name(self, _key: str, name: str) -> str:
         if not name:
-            raise ValueError("a customer has a name")
+            raise ValueError("a customer must have a name")
         return name
 
 
-class Order(Main):
+class Order(ShopBase):
     __tablename__ = "orders"
 
     id: Mapped[int] = mapped_column(primary_key=True)
-    # Deferred: the database looks only at COMMIT whether there is such a customer.
+    # The constraint is deferred: the database checks only at COMMIT whether the customer exists.
     customer: Mapped[str] = mapped_column(ForeignKey("customers.name", deferrable=True, initially="DEFERRED"))
     item: Mapped[str]
 
 
-class Letter(Main):
+class Letter(ShopBase):
     __tablename__ = "letters"
 
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -40,17 +40,17 @@ class Letter(Main):
     text: Mapped[str]
 
 
-class Audit(DeclarativeBase):
-    """The tables of the record that is kept of the shop."""
+class AuditBase(DeclarativeBase):
+    """The base class of the tables in the audit database."""
 
 
-class Clerk(Audit):
+class Clerk(AuditBase):
     __tablename__ = "clerks"
 
     name: Mapped[str] = mapped_column(primary_key=True)
 
 
-class Entry(Audit):
+class AuditEntry(AuditBase):
     __tablename__ = "entries"
 
     id: Mapped[int] = mapped_column(primary_key=True)

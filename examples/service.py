@@ -1,4 +1,4 @@
-"""What the demonstration needs around the service: a real server, and an observer of its own."""
+"""Run the service on a real server, and observe its databases and its pools from outside."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from contextlib import asynccontextmanager
 
 import uvicorn
 from ctxalchemy import new_non_ctx_session
-from shop.api import app, late_tasks
+from shop.api import app, outliving_tasks
 from shop.api import logger as service_logger
-from shop.database import Place, audit, audit_place, main, main_place
-from shop.models import Customer, Entry, Letter, Order
+from shop.database import Location, audit_db, audit_location, shop_db, shop_location
+from shop.models import AuditEntry, Customer, Letter, Order
 from sqlalchemy import select
 from sqlalchemy.orm import InstrumentedAttribute
 from sqlalchemy.pool import QueuePool
 from starlette.types import Receive, Scope, Send
 
-_SHOWN: dict[Place, dict[str, InstrumentedAttribute[str]]] = {
-    main_place: {"customer": Customer.name, "order": Order.item, "letter": Letter.to},
-    audit_place: {"audit": Entry.reference},
+_OBSERVED_COLUMNS: dict[Location, dict[str, InstrumentedAttribute[str]]] = {
+    shop_location: {"customer": Customer.name, "order": Order.item, "letter": Letter.to},
+    audit_location: {"audit": AuditEntry.reference},
 }
 
 
-class Stage(logging.Handler):
-    """The service on uvicorn over TCP; it hears what the server logs, and knows when all requests are over."""
+class RunningService(logging.Handler):
+    """The service on uvicorn over TCP. This class records the errors that are logged, and counts the open requests."""
 
     def __init__(self, url: str) -> None:
         super().__init__(logging.ERROR)
@@ -36,7 +36,7 @@ class Stage(logging.Handler):
         self._idle = asyncio.Event()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The service, with its requests counted."""
+        """Call the service, and count its requests."""
         if scope["type"] != "http":
             await app(scope, receive, send)
             return
@@ -50,65 +50,65 @@ class Stage(logging.Handler):
                 self._idle.set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep the name of an error that was logged."""
+        """Record the name of a logged exception, or the message if there is no exception."""
         error = record.exc_info[1] if record.exc_info else None
         self._errors.append(type(error).__name__ if error else record.getMessage())
 
-    async def all_over(self) -> list[str]:
-        """Wait for what the requests left running; return the names of the errors logged since the last time."""
+    async def wait_until_idle(self) -> list[str]:
+        """Wait for all requests and their tasks, and return the errors logged since the previous call."""
         try:
             async with asyncio.timeout(5):
                 await self._idle.wait()
-                if late_tasks:
-                    await asyncio.wait(late_tasks)
+                if outliving_tasks:
+                    await asyncio.wait(outliving_tasks)
         except TimeoutError:
-            self._errors.append("(does not end)")
+            self._errors.append("(still running after 5 seconds)")
         errors, self._errors = self._errors, []
         return errors
 
 
 @asynccontextmanager
-async def stage() -> AsyncIterator[Stage]:
-    """Serve the service for this block; its databases are there already."""
+async def run_service() -> AsyncIterator[RunningService]:
+    """Run the service while the block runs. The databases must exist."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        stage = Stage(f"http://127.0.0.1:{listener.getsockname()[1]}")
+        service = RunningService(f"http://127.0.0.1:{listener.getsockname()[1]}")
         for logger in (service_logger, logging.getLogger("uvicorn.error")):
-            logger.addHandler(stage)
-        server = uvicorn.Server(uvicorn.Config(stage, log_config=None, lifespan="off"))
+            logger.addHandler(service)
+        server = uvicorn.Server(uvicorn.Config(service, log_config=None, lifespan="off"))
         serving = asyncio.create_task(server.serve([listener]))
         try:
             while not server.started:
                 if serving.done():
                     raise RuntimeError("the server did not start")
                 await asyncio.sleep(0.005)
-            yield stage
+            yield service
         finally:
             server.should_exit = True
             await serving
 
 
 async def rows() -> set[str]:
-    """What is in the databases, as a connection sees it that is opened for this and closed again."""
+    """Return all committed rows, read on a new connection that is closed afterwards."""
     found = set()
-    for place, columns in _SHOWN.items():
-        async with place.engine().connect() as connection:
+    for location, columns in _OBSERVED_COLUMNS.items():
+        async with location.engine().connect() as connection:
             for name, column in columns.items():
                 found |= {f"{name} {value}" for value in await connection.scalars(select(column))}
     return found
 
 
 async def database_version() -> str:
-    async with main_place.engine().connect() as connection:
+    async with shop_location.engine().connect() as connection:
         dialect = connection.dialect
         version = ".".join(map(str, dialect.server_version_info or ()))
         return f"{dialect.name} {version} ({dialect.driver})"
 
 
 async def checked_out() -> int:
-    """How many database connections the service has taken from its pools and not given back."""
+    """Return the number of connections that are checked out of the service's pools."""
     total = 0
-    for connect in (main, audit):
-        async with new_non_ctx_session(connect) as session:
+    for db in (shop_db, audit_db):
+        async with new_non_ctx_session(db) as session:
             pool = session.get_bind().engine.pool
         assert isinstance(pool, QueuePool)
         total += pool.checkedout()
