@@ -1,1 +1,1 @@
-"""One small service in several frameworks, and without one.  Run them in the folder above this one."""
+"""A small service in several frameworks, in plain ASGI and as a command line.  Run each from the parent folder."""

@@ -1,7 +1,7 @@
 """A primary and its replicas: ``uvicorn frameworks.replicas:app``.
 
-Writes go to the primary.  Reads go to a replica that is alive: before each new session, the handler
-looks whether the one in use still is, and moves on to the next where it is not.
+The primary serves writes.  A replica serves reads.  Before each new session for reads, the handler changes the
+host to the first replica that is up.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from sqlalchemy import make_url, select
 
 from .notes import Note, add_note, start, stop
 
-replicas = os.environ.get("REPLICAS", "localhost").split(",")
-down: set[str] = set()
-"""The replicas that are known to be down. What fills it depends on the deployment: a health check, say."""
+replica_hosts = os.environ.get("REPLICAS", "localhost").split(",")
+hosts_down: set[str] = set()
+"""The replicas that are known to be down.  The deployment fills this set, for example with a health check."""
 
 
-def pick(hosts: list[str], is_up: Callable[[str], bool]) -> str:
-    """Return the first that is up, or the first of all where none is."""
+def pick_host(hosts: list[str], is_up: Callable[[str], bool]) -> str:
+    """Return the first host that is up, or the first host if none is up."""
     return next(filter(is_up, hosts), hosts[0])
 
 
-async def use_a_live_replica(connect: DBConnect) -> None:
-    # Does nothing where the host is the same.  Sessions in flight finish where they are.
-    await connect.change_host(pick(replicas, lambda host: host not in down))
+async def use_live_replica(connect: DBConnect) -> None:
+    # Nothing happens if the host is the same.  Open sessions continue on their host until they are closed.
+    await connect.change_host(pick_host(replica_hosts, lambda host: host not in hosts_down))
 
 
-replica = DBConnect.from_url(
-    make_url(os.environ.get("DATABASE_URL", "postgresql+asyncpg://localhost/notes")).set(host=replicas[0]),
-    before_create_session_handler=use_a_live_replica,
+replica_db = DBConnect.from_url(
+    make_url(os.environ.get("DATABASE_URL", "postgresql+asyncpg://localhost/notes")).set(host=replica_hosts[0]),
+    before_create_session_handler=use_live_replica,
 )
 
 
@@ -42,7 +42,7 @@ replica = DBConnect.from_url(
 async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
     await start()
     yield
-    await replica.close()
+    await replica_db.close()
     await stop()
 
 
@@ -57,5 +57,5 @@ async def add(text: str) -> int:
 
 @app.get("/notes")
 async def read() -> list[str]:
-    session = await db_session(replica)
+    session = await db_session(replica_db)
     return list(await session.scalars(select(Note.text).order_by(Note.id)))

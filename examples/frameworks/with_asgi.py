@@ -17,17 +17,17 @@ Send = Callable[[Message], Awaitable[None]]
 
 
 async def serve(scope: Message, receive: Receive, send: Send) -> None:
-    """Answer one request, or start and stop with the server."""
+    """Handle a request, or the start and stop of the server."""
     if scope["type"] == "lifespan":
-        await live(receive, send)
+        await handle_lifespan(receive, send)
     elif scope["type"] == "http":
-        status, answer = await respond(scope)
+        status, content = await respond(scope)
         headers = [(b"content-type", b"application/json")]
         await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": json.dumps(answer).encode()})
+        await send({"type": "http.response.body", "body": json.dumps(content).encode()})
 
 
-async def live(receive: Receive, send: Send) -> None:
+async def handle_lifespan(receive: Receive, send: Send) -> None:
     while (message := await receive())["type"] == "lifespan.startup":
         await notes.start()
         await send({"type": "lifespan.startup.complete"})
@@ -38,7 +38,7 @@ async def live(receive: Receive, send: Send) -> None:
 
 async def respond(scope: Message) -> tuple[int, object]:
     if scope["path"] != "/notes":
-        return 404, "there are only notes"
+        return 404, "the only path is /notes"
     if scope["method"] != "POST":
         return 200, await notes.list_notes()
     query = parse_qs(scope["query_string"].decode(), keep_blank_values=True)

@@ -24,7 +24,7 @@ async def list_notes() -> list[str]:
     return await notes.list_notes()
 
 
-# Litestar's own way to add ASGI middleware.
+# Litestar adds ASGI middleware with DefineMiddleware.
 app = Litestar(
     [add_note, list_notes],
     middleware=[DefineMiddleware(ASGIHTTPDBSessionMiddleware)],

@@ -25,5 +25,5 @@ async def list_notes() -> ResponseReturnValue:
     return jsonify(await notes.list_notes())
 
 
-# Quart's own way to add ASGI middleware: its type is that of a method.
+# In Quart, ASGI middleware replaces app.asgi_app, whose type is a method.
 app.asgi_app = ASGIHTTPDBSessionMiddleware(app.asgi_app)  # type: ignore[method-assign]

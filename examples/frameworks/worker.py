@@ -1,4 +1,4 @@
-"""Without a web framework: a consumer of a queue, and a command line.
+"""Queue consumers and a command line, without a web framework.
 
 python -m frameworks.worker add "a note" "another"
 python -m frameworks.worker list
@@ -18,20 +18,20 @@ logger = logging.getLogger(__name__)
 
 
 async def consume(queue: asyncio.Queue[str]) -> None:
-    """Write what comes, each in a context of its own: one that fails does not take the others along."""
+    """Add each note in its own context.  If one note fails, the others are still committed."""
     while True:
         text = await queue.get()
         try:
             async with new_ctx():
                 await notes.add_note(text)
         except Exception:
-            logger.exception("could not write %r", text)
+            logger.exception("could not add %r", text)
         finally:
             queue.task_done()
 
 
 async def add(texts: list[str]) -> None:
-    """Write notes, with two consumers."""
+    """Add the notes with two consumers."""
     queue: asyncio.Queue[str] = asyncio.Queue()
     async with asyncio.TaskGroup() as group:
         consumers = [group.create_task(consume(queue)) for _ in range(2)]

@@ -1,4 +1,4 @@
-"""Each example is asked the same, over HTTP or at its command line, and keeps its notes in PostgreSQL."""
+"""Send each example the same requests, over HTTP or at its command line.  The notes are in PostgreSQL."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
 EXAMPLES = Path(__file__).parents[1]
-# Litestar imports advanced-alchemy where that is installed, as the benchmarks have it.
+# Litestar imports advanced-alchemy if advanced-alchemy is installed.  The benchmarks install it.
 pytestmark = pytest.mark.filterwarnings("ignore:The declarative_mixin:sqlalchemy.exc.SADeprecationWarning")
 
 FRAMEWORKS = ["with_fastapi", "with_starlette", "with_asgi", "with_litestar", "with_quart"]
@@ -25,7 +25,7 @@ FRAMEWORKS = ["with_fastapi", "with_starlette", "with_asgi", "with_litestar", "w
 
 @pytest.fixture
 def load(database_url: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
-    """Import a module of the examples anew, on a database of its own."""
+    """Import a module of the examples again, with a new database."""
     monkeypatch.setenv("DATABASE_URL", database_url)
     monkeypatch.setenv("REPLICAS", "127.0.0.1,localhost")
     monkeypatch.syspath_prepend(str(EXAMPLES))
@@ -36,7 +36,7 @@ def load(database_url: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
 
 @asynccontextmanager
 async def client_of(app: Any) -> AsyncIterator[AsyncClient]:
-    """A client of the application, which is started and stopped as a server does it."""
+    """Start and stop the application with the ASGI lifespan protocol, and yield a client for it."""
     to_app: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
     from_app: asyncio.Queue[Any] = asyncio.Queue()
     scope = {"type": "lifespan", "asgi": {"version": "3.0"}, "state": {}}
@@ -52,7 +52,7 @@ async def client_of(app: Any) -> AsyncIterator[AsyncClient]:
 
 
 @pytest.mark.parametrize("name", FRAMEWORKS)
-async def test_a_framework(load: Callable[[str], Any], name: str) -> None:
+async def test_framework_commits_a_success_and_rolls_back_an_error(load: Callable[[str], Any], name: str) -> None:
     async with client_of(load(name).app) as client:
         assert (await client.post("/notes", params={"text": "hello"})).status_code == 201
         assert (await client.post("/notes", params={"text": ""})).status_code == 400
@@ -60,32 +60,32 @@ async def test_a_framework(load: Callable[[str], Any], name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FRAMEWORKS)
-async def test_a_commit_that_fails_is_no_success(load: Callable[[str], Any], name: str) -> None:
+async def test_failed_commit_is_never_a_success(load: Callable[[str], Any], name: str) -> None:
     async with client_of(load(name).app) as client:
         notes = sys.modules["frameworks.notes"]
-        async with notes.new_non_ctx_atomic_session(notes.connection) as session:
+        async with notes.new_non_ctx_atomic_session(notes.db) as session:
             await session.execute(text("ALTER TABLE notes ADD UNIQUE (text) DEFERRABLE INITIALLY DEFERRED"))
         assert (await client.post("/notes", params={"text": "hello"})).status_code == 201
         assert (await client.post("/notes", params={"text": "hello"})).status_code == 500
         assert (await client.get("/notes")).json() == ["hello"]
 
 
-async def test_the_worker(
+async def test_worker_commits_valid_notes_and_logs_the_failed_one(
     load: Callable[[str], Any], capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     worker = load("worker")
     await worker.main(["add", "one", "", "two"])
-    assert "a note has a text" in caplog.text
+    assert "a note must have a text" in caplog.text
     await worker.main(["list"])
     assert sorted(capsys.readouterr().out.split()) == ["one", "two"]
 
 
-async def test_the_replicas(load: Callable[[str], Any]) -> None:
+async def test_reads_move_to_the_next_replica_if_one_is_down(load: Callable[[str], Any]) -> None:
     replicas = load("replicas")
     async with client_of(replicas.app) as client:
         assert (await client.post("/notes", params={"text": "hello"})).status_code == 201
         assert (await client.get("/notes")).json() == ["hello"]
-        assert replicas.replica.host == "127.0.0.1"
-        replicas.down.add("127.0.0.1")
+        assert replicas.replica_db.host == "127.0.0.1"
+        replicas.hosts_down.add("127.0.0.1")
         assert (await client.get("/notes")).json() == ["hello"]
-        assert replicas.replica.host == "localhost"
+        assert replicas.replica_db.host == "localhost"
