@@ -1,1 +1,1 @@
-"""The tests of the examples, of the code in the documentation, and of the pytest plugin."""
+"""Tests of the examples, of the code in the documentation, and of the pytest plugin."""

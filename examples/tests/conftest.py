@@ -1,4 +1,4 @@
-"""Databases on the PostgreSQL server of ``TEST_DATABASE_URL``, for one test each."""
+"""New databases for each test, on the PostgreSQL server in ``TEST_DATABASE_URL``."""
 
 from __future__ import annotations
 

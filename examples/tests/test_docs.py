@@ -1,8 +1,9 @@
-"""The code blocks of the documentation, run page by page.
+"""Run the code blocks of the documentation, page by page.
 
-The blocks of a page share a namespace and an event loop, and may ``await`` at the top level.  A block with a title is
-also a file of that name, and, if it is Python, a module.  What is in ``<!-- run ... -->`` is run and not shown: it
-mostly checks what the blocks above it did.  A block that is not run has ``<!-- not run: why -->`` in the line above it.
+The blocks of a page share a namespace and an event loop, and may use ``await`` at the top level.  A block with a title
+is also written to a file of that name.  If the file is a Python file, the block runs as a module.  Code in
+``<!-- run ... -->`` is run but not shown on the page: it mostly checks the results of the blocks above it.  A block
+that is not run has ``<!-- not run: reason -->`` on the line above it.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ BLOCK = re.compile(
 def page_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, database_url: str, second_database_url: str
 ) -> Iterator[Path]:
-    """An empty folder in which a page's code runs, with databases of its own."""
+    """An empty working folder for the code of a page, with two new databases."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("DATABASE_URL", database_url)
@@ -49,9 +50,9 @@ def page_folder(
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
-async def test_the_code_of_a_page_works(page: Path, page_folder: Path) -> None:
+async def test_code_of_page_runs(page: Path, page_folder: Path) -> None:
     namespace = module("page")
-    text = page.read_text(encoding="utf-8")  # noqa: ASYNC240 - nobody else is waiting for the loop.
+    text = page.read_text(encoding="utf-8")  # noqa: ASYNC240 - no other task needs the event loop.
     for block in BLOCK.finditer(text):
         line = text.count("\n", 0, block.start("hidden" if block["hidden"] else "code"))
         where = f"{page}:{line}"
@@ -59,7 +60,7 @@ async def test_the_code_of_a_page_works(page: Path, page_folder: Path) -> None:
             continue
         code = block["hidden"] or inspect.cleandoc("\n" + block["code"])
         if "--8<--" in code:
-            continue  # A file of the examples, which have tests of their own.
+            continue  # The block includes a file of the examples, which have their own tests.
         target = namespace
         if block["title"]:
             path = page_folder / block["title"]
@@ -71,7 +72,7 @@ async def test_the_code_of_a_page_works(page: Path, page_folder: Path) -> None:
         await run("\n" * line + code, str(page), target)
 
 
-def test_the_readme_works(page_folder: Path) -> None:
+def test_code_of_readme_runs(page_folder: Path) -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     titled = {block["title"]: block["code"] for block in BLOCK.finditer(text) if block["title"]}
     assert titled.keys() == {"app.py", "test_app.py"}
@@ -92,7 +93,7 @@ def test_the_readme_works(page_folder: Path) -> None:
     assert "1 passed" in ran.stdout, ran.stdout + ran.stderr
 
 
-def test_the_pages_that_errors_name_are_there() -> None:
+def test_documentation_pages_named_in_errors_exist() -> None:
     sources = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "python").rglob("*.py")))
     named = re.findall(r"""\bsee\(["']([^"'#]+)(?:#([^"']+))?""", sources)
     assert len(named) > 5

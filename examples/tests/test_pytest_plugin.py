@@ -1,4 +1,4 @@
-"""The pytest plugin, as tests of an application use it: each of these runs a pytest of its own."""
+"""Use the pytest plugin as the tests of an application do.  Each test runs pytest in a subprocess."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ APP = """
     from starlette.responses import Response
     from starlette.routing import Route
 
-    main, other = DBConnect.from_url({main!r}), DBConnect.from_url({other!r})
+    main_db, other_db = DBConnect.from_url({main!r}), DBConnect.from_url({other!r})
 
     async def add(name):
-        for connection in (main, other):
-            session = await db_session(connection)
+        for db in (main_db, other_db):
+            session = await db_session(db)
             await session.execute(text("INSERT INTO note VALUES (:name)"), {{"name": name}})
 
     async def post(request):
         await add(request.query_params["name"])
-        await commit_db_session(main)
+        await commit_db_session(main_db)
         return Response(status_code=201)
 
     app = Starlette(routes=[Route("/", post, methods=["POST"])])
@@ -37,16 +37,16 @@ APP = """
 
 CONFTEST = """
     import pytest
-    from app import main, other
+    from app import main_db, other_db
 
     @pytest.fixture
     def db_connections():
-        return [main, other]
+        return [main_db, other_db]
 """
 
 TESTS = """
     import pytest
-    from app import add, app, main, other
+    from app import add, app, main_db, other_db
     from ctxalchemy import db_session, is_context_initiated
     from httpx import ASGITransport, AsyncClient
     from sqlalchemy import text
@@ -59,14 +59,14 @@ TESTS = """
 
     @pytest.mark.parametrize("name", ["a", "b", "c"])
     async def test_shared(seeded, shared_sessions, shared_session, name):
-        assert shared_sessions[main] is shared_session is await db_session(main)
+        assert shared_sessions[main_db] is shared_session is await db_session(main_db)
         async with AsyncClient(transport=ASGITransport(app), base_url="http://test") as client:
             assert (await client.post("/", params={{"name": name}})).status_code == 201
         read = text("SELECT name FROM note ORDER BY name")
-        assert list(await shared_sessions[main].scalars(read)) == [name, "seed"]
-        assert list(await shared_sessions[other].scalars(read)) == [name]
+        assert list(await shared_sessions[main_db].scalars(read)) == [name, "seed"]
+        assert list(await shared_sessions[other_db].scalars(read)) == [name]
 
-    async def test_nothing_is_left():
+    async def test_no_context_stays_open():
         assert not is_context_initiated()
 """
 
@@ -82,7 +82,7 @@ RUNNERS = {
         "@pytest.fixture",
         ["-o", "asyncio_mode=strict"],
     ),
-    "anyio-alone": (
+    "anyio-without-pytest-asyncio": (
         "pytestmark = pytest.mark.anyio\n@pytest.fixture\ndef anyio_backend(): return 'asyncio'",
         "@pytest.fixture",
         ["-p", "no:asyncio"],
@@ -106,7 +106,7 @@ async def project(pytester: pytest.Pytester, database_url: str, second_database_
 
 
 def run(project: pytest.Pytester, *arguments: str) -> pytest.RunResult:
-    # Without plugins that take long to load, and have nothing to do with it.
+    # These plugins take long to load, and the tests do not need them.
     without = [argument for name in ("cacheprovider", "faker", "hypothesispytest") for argument in ("-p", f"no:{name}")]
     return project.runpytest_subprocess(*without, *arguments)
 
@@ -115,7 +115,7 @@ def run(project: pytest.Pytester, *arguments: str) -> pytest.RunResult:
     ("runner", "parallel"),
     [*((runner, "") for runner in RUNNERS), ("asyncio-auto", "-n3"), ("anyio", "-n3")],
 )
-async def test_test_and_application_share_what_is_undone(
+async def test_application_and_test_share_a_transaction_that_is_rolled_back(
     project: pytest.Pytester, database_url: str, second_database_url: str, runner: str, parallel: str
 ) -> None:
     mark, fixture, options = RUNNERS[runner]
@@ -125,15 +125,15 @@ async def test_test_and_application_share_what_is_undone(
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
-async def test_a_context_keeps_what_a_test_did(project: pytest.Pytester, database_url: str, runner: str) -> None:
+async def test_db_context_commits_the_work_of_a_test(project: pytest.Pytester, database_url: str, runner: str) -> None:
     mark, _, options = RUNNERS[runner]
     body = "from app import add\nimport pytest\n" + mark + "\nasync def test_it(db_context):\n"
-    project.makepyfile(test_it=body + indent("await add('kept')", "    "))
+    project.makepyfile(test_it=body + indent("await add('committed')", "    "))
     run(project, *options).assert_outcomes(passed=1)
-    assert await names(database_url) == ["kept"]
+    assert await names(database_url) == ["committed"]
 
 
-def test_connections_that_were_not_defined_are_asked_for(pytester: pytest.Pytester) -> None:
+def test_missing_db_connections_fixture_is_an_error(pytester: pytest.Pytester) -> None:
     pytester.makepyfile("async def test_it(shared_session): ...")
     result = run(pytester, "-o", "asyncio_mode=auto")
     result.assert_outcomes(errors=1)
@@ -144,7 +144,7 @@ def test_connections_that_were_not_defined_are_asked_for(pytester: pytest.Pytest
     ("returned", "named"),
     [("None", "NoneType"), ("[]", "none"), ("['postgresql://user:secret@host/db']", "str")],
 )
-def test_connections_that_are_none_are_refused(pytester: pytest.Pytester, returned: str, named: str) -> None:
+def test_db_connections_must_return_dbconnect_objects(pytester: pytest.Pytester, returned: str, named: str) -> None:
     pytester.makeconftest(f"import pytest\n@pytest.fixture\ndef db_connections(): return {returned}")
     pytester.makepyfile("async def test_it(shared_session): ...")
     result = run(pytester, "-o", "asyncio_mode=auto")
@@ -153,7 +153,7 @@ def test_connections_that_are_none_are_refused(pytester: pytest.Pytester, return
     result.stdout.no_fnmatch_line("*it returned*secret*")
 
 
-def test_nothing_else_is_needed_where_it_is_not_used(pytester: pytest.Pytester) -> None:
+def test_plugin_imports_no_optional_package_if_unused(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(
         """
         import sys
