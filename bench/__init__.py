@@ -1,1 +1,4 @@
-"""The benchmarks.  ``python -m bench`` runs them and writes the report; ``python -m bench --help`` says more."""
+"""The benchmarks.
+
+``python -m bench`` runs them and writes the report; ``python -m bench --help`` lists the options.
+"""

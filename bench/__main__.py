@@ -1,4 +1,4 @@
-"""Run the benchmarks, and write ``results/`` and ``REPORT.md``."""
+"""Run the benchmarks and write ``results/`` and ``REPORT.md``."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .measure import RESULTS, environment, interpreter
 
 
 def pytest_benchmark(quick: bool = False) -> None:
-    """The micro cases under pytest-benchmark."""
+    """Run the cases of ``micro.py`` under pytest-benchmark."""
     RESULTS.mkdir(exist_ok=True)
     target = RESULTS / f"{interpreter()}-pytest-benchmark.json"
-    # Without the configuration of the tests, which is not about benchmarks, and without the package's own plugin.
+    # The configuration of the tests and the package's own pytest plugin do not apply to benchmarks.
     options = [
         "-q",
         "-c",
@@ -29,8 +29,8 @@ def pytest_benchmark(quick: bool = False) -> None:
         "--benchmark-only",
         f"--benchmark-json={target}",
     ]
-    chosen = ["-k", "hit"] if quick else []
-    subprocess.run([sys.executable, "-m", "pytest", "bench/test_micro.py", *options, *chosen], check=True)
+    selection = ["-k", "hit"] if quick else []
+    subprocess.run([sys.executable, "-m", "pytest", "bench/test_micro.py", *options, *selection], check=True)
 
 
 PARTS: dict[str, Callable[[bool], None]] = {
@@ -44,20 +44,24 @@ PARTS: dict[str, Callable[[bool], None]] = {
 
 
 def main() -> None:
-    """Run the parts that were asked for."""
+    """Run the parts that the command line names."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"all, unless named: {', '.join(PARTS)}, report")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds: to try the harness, not for figures")
+    parser.add_argument(
+        "parts", nargs="*", metavar="PART", help=f"default: all of {', '.join(PARTS)}; 'report' only writes the report"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer rounds, to test the programs; the figures are not reliable"
+    )
     arguments = parser.parse_args()
     for part in arguments.parts:
         if part not in (*PARTS, "report"):
-            parser.error(f"there is no part {part!r}")
+            parser.error(f"unknown part {part!r}")
     for name, value in environment(libraries.backends()).items():
         print(f"{name}: {value}")
     for name, run in PARTS.items():
         if not arguments.parts or name in arguments.parts:
             started = time.monotonic()
-            # Each in a process of its own: pinning, engines and threads of one do not reach the next.
+            # Each part runs in its own process: the pinning, engines and threads of one part do not affect the next.
             if len(arguments.parts) == 1:
                 run(arguments.quick)
             else:

@@ -1,4 +1,4 @@
-"""Keep out of the results of pytest-benchmark where they were made."""
+"""Remove details of the machine and the checkout from the results of pytest-benchmark."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-/* What the interpreter itself costs: a C call, and the await of an awaitable that is ready. */
+/* The minimum that the interpreter itself costs: a C call, and awaiting an awaitable that is ready. */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
-/* On 3.11 `await` asks am_send, later versions ask tp_iternext, where NULL without an error means None. */
+/* `await` calls am_send on 3.11 and tp_iternext on later versions; NULL without an exception means None. */
 
 typedef struct { PyObject_HEAD } Ready;
 

@@ -1,4 +1,4 @@
-"""Build ``floors.c``, where there is a C compiler."""
+"""Build ``floors.c`` if a C compiler is installed."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from .measure import loudly
+from .measure import warn
 
 
 def build() -> Any:
-    """Return the module, or None where it cannot be built."""
+    """Return the module, or None if it cannot be built."""
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
-        loudly("no C compiler: the floors of the interpreter are not measured")
+        warn("no C compiler: the floors of the interpreter are not measured")
         return None
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / f"floors{sysconfig.get_config_var('EXT_SUFFIX')}"
@@ -26,7 +26,7 @@ def build() -> Any:
         try:
             subprocess.run([*command, "-o", str(target)], check=True, capture_output=True, text=True)
         except subprocess.CalledProcessError as error:
-            loudly(f"the floors of the interpreter could not be built: {error.stderr[-500:]}")
+            warn(f"the floors of the interpreter could not be built: {error.stderr[-500:]}")
             return None
         spec = importlib.util.spec_from_file_location("floors", target)
         assert spec is not None

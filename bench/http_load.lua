@@ -1,4 +1,4 @@
--- What http_load.py reads: requests, microseconds, p50, p99, errors.
+-- Prints the line that http_load.py parses: requests, microseconds, p50, p99, errors.
 done = function(summary, latency, requests)
    local e = summary.errors
    local errors = e.connect + e.read + e.write + e.status + e.timeout

@@ -1,6 +1,6 @@
-"""FastAPI on uvicorn under the load of wrk: requests per second, CPU time of the server, latencies.
+"""Measure FastAPI on uvicorn under load from wrk: requests per second, CPU time of the server, latencies.
 
-All servers run at once, and get their load in turns, a short burst each.
+All servers run at once.  wrk loads one server at a time, in short interleaved bursts.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from statistics import median
 from . import libraries
 from .libraries import (
     ADVANCED,
-    BY_HAND,
+    BACKEND_OF,
     DEPENDS,
     FASTAPI_ASYNC,
+    HAND_WRITTEN,
     NATIVE,
     NO_DATABASE,
-    OURS,
     PEER,
     PEER_FASTAPI,
-    PYTHON,
+    PURE_PYTHON,
 )
-from .measure import in_turns, interpreter, loudly, pin, save
+from .measure import interpreter, measure_interleaved, pin, save, warn
 
 CONNECTIONS = 16
 SUMMARY = Path(__file__).with_name("http_load.lua")
@@ -40,20 +40,20 @@ SUMMARY = Path(__file__).with_name("http_load.lua")
 
 @dataclass(frozen=True)
 class Server:
-    """A server that is running."""
+    """A running server."""
 
     pid: int
     port: int
 
     def cpu_time(self) -> int:
-        """The CPU time of the process so far, in nanoseconds."""
-        # clock_getcpuclockid(3), as Linux makes it.
+        """Return the CPU time of the process so far, in nanoseconds."""
+        # The clock id that clock_getcpuclockid(3) returns on Linux.
         return time.clock_gettime_ns((~self.pid << 3) | 2)
 
 
 @dataclass(frozen=True)
 class Burst:
-    """What wrk saw, and what the server spent."""
+    """What wrk measured in one burst, and the CPU time of the server per request."""
 
     requests_per_second: float
     cpu_us: float
@@ -62,9 +62,9 @@ class Burst:
 
 
 def ways() -> list[str]:
-    """The ways to serve that are here."""
-    found = [NO_DATABASE, BY_HAND, DEPENDS]
-    found += [name for name in (NATIVE, PYTHON) if name in libraries.contextual()]
+    """Return the ways to serve whose libraries are installed."""
+    found = [NO_DATABASE, HAND_WRITTEN, DEPENDS]
+    found += [name for name in (NATIVE, PURE_PYTHON) if name in libraries.contextual()]
     if util.find_spec("context_async_sqlalchemy"):
         found += [PEER_FASTAPI, PEER]
     if util.find_spec("advanced_alchemy"):
@@ -76,8 +76,8 @@ def ways() -> list[str]:
 
 @contextmanager
 def served(way: str) -> Iterator[Server]:
-    """A server process."""
-    variables = os.environ | ({"CTXALCHEMY_BACKEND": OURS[way]} if way in OURS else {})
+    """Run a server process for the block."""
+    variables = os.environ | ({"CTXALCHEMY_BACKEND": BACKEND_OF[way]} if way in BACKEND_OF else {})
     command = [sys.executable, "-m", "bench.http_server", way]
     with subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -90,7 +90,7 @@ def served(way: str) -> Iterator[Server]:
 
 
 def burst(server: Server, seconds: int) -> Burst:
-    """Load the server for some seconds."""
+    """Load the server for this many seconds."""
     command = ["wrk", "-t1", f"-c{CONNECTIONS}", f"-d{seconds}", "-s", str(SUMMARY), f"http://127.0.0.1:{server.port}/"]
     before = server.cpu_time()
     done = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -102,21 +102,21 @@ def burst(server: Server, seconds: int) -> Burst:
 
 
 def run(quick: bool = False) -> None:
-    """Measure all ways, and save the medians of their bursts."""
+    """Measure all ways to serve, and save the medians of their bursts."""
     have_server = all(util.find_spec(name) for name in ("fastapi", "uvicorn", "uvloop", "httptools", "asyncpg"))
     have_load = shutil.which("wrk") is not None and sys.platform.startswith("linux")
     if not have_server or not have_load or "TEST_DATABASE_URL" not in os.environ:
-        loudly(
-            "HTTP is NOT measured: it takes Linux, wrk (apt-get install wrk), TEST_DATABASE_URL, and fastapi, "
+        warn(
+            "HTTP is NOT measured: it requires Linux, wrk (apt-get install wrk), TEST_DATABASE_URL, fastapi, "
             "uvicorn, uvloop, httptools and asyncpg"
         )
         return
-    pin(1)  # wrk inherits it
+    pin(1)  # wrk inherits this core; the servers pin themselves to core 0
     with ExitStack() as stack:
         bursts = {way: partial(burst, stack.enter_context(served(way))) for way in ways()}
         for warm_up in bursts.values():
             warm_up(1)
-        samples = in_turns({way: partial(load, 1) for way, load in bursts.items()}, 3 if quick else 15)
+        samples = measure_interleaved({way: partial(load, 1) for way, load in bursts.items()}, 3 if quick else 15)
     figures = {way: _medians(each) for way, each in samples.items()}
     save("http", figures, libraries.backends(), load=f"wrk, {CONNECTIONS} connections")
     _print(figures)

@@ -1,4 +1,4 @@
-"""One FastAPI application on uvicorn: ``python -m bench.http_server WAY`` prints the port that it serves."""
+"""Serve one FastAPI application on uvicorn: ``python -m bench.http_server WAY`` prints the port it listens on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,17 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from . import libraries
-from .libraries import ADVANCED, BY_HAND, DEPENDS, FASTAPI_ASYNC, NATIVE, NO_DATABASE, PEER, PEER_FASTAPI, PYTHON
+from .libraries import (
+    ADVANCED,
+    DEPENDS,
+    FASTAPI_ASYNC,
+    HAND_WRITTEN,
+    NATIVE,
+    NO_DATABASE,
+    PEER,
+    PEER_FASTAPI,
+    PURE_PYTHON,
+)
 from .measure import pin
 
 QUERY = text("SELECT 1")
@@ -23,15 +33,15 @@ POOL = {"pool_size": 20, "max_overflow": 0}
 
 
 def no_database(app: FastAPI) -> None:
-    """Answer without a database."""
+    """Respond without a database."""
 
     @app.get("/")
     async def index() -> dict[str, Any]:
         return {"value": 1}
 
 
-def in_handler(app: FastAPI) -> None:
-    """A session and a transaction in the handler."""
+def session_in_handler(app: FastAPI) -> None:
+    """Open the session and the transaction in the handler."""
     maker = _session_maker()
 
     @app.get("/")
@@ -42,20 +52,20 @@ def in_handler(app: FastAPI) -> None:
 
 
 def depends(app: FastAPI) -> None:
-    """A session and a transaction from a dependency."""
+    """Open the session and the transaction in a dependency."""
     maker = _session_maker()
 
     async def get_session() -> AsyncIterator[AsyncSession]:
         async with maker() as session, session.begin():
             yield session
 
-    _answer_with(app, get_session)
+    _add_route(app, get_session)
 
 
 def contextual(app: FastAPI, package_name: str, *, helper: bool = False) -> None:
-    """The session of the context: ctxalchemy, or context-async-sqlalchemy."""
+    """Use the session of the context: ctxalchemy or context-async-sqlalchemy."""
     package = importlib.import_module(package_name)
-    connection = libraries.connect(package, _url(), **POOL)
+    db = libraries.create_database(package, _url(), **POOL)
     db_session = package.db_session
     if helper:
         importlib.import_module(f"{package_name}.fastapi_utils").add_fastapi_http_db_session_middleware(app)
@@ -64,12 +74,12 @@ def contextual(app: FastAPI, package_name: str, *, helper: bool = False) -> None
 
     @app.get("/")
     async def index() -> dict[str, Any]:
-        session = await db_session(connection)
+        session = await db_session(db)
         return {"value": await session.scalar(QUERY)}
 
 
 def fastapi_async(app: FastAPI) -> None:
-    """fastapi-async-sqlalchemy."""
+    """Use fastapi-async-sqlalchemy."""
     from fastapi_async_sqlalchemy import SQLAlchemyMiddleware, db
 
     engine = libraries.create_engine(_url(), **POOL)
@@ -81,7 +91,7 @@ def fastapi_async(app: FastAPI) -> None:
 
 
 def advanced(app: FastAPI) -> None:
-    """advanced-alchemy."""
+    """Use advanced-alchemy."""
     from advanced_alchemy.extensions.fastapi import AdvancedAlchemy, AsyncSessionConfig, SQLAlchemyAsyncConfig
 
     config = SQLAlchemyAsyncConfig(
@@ -89,23 +99,23 @@ def advanced(app: FastAPI) -> None:
         session_config=AsyncSessionConfig(expire_on_commit=False),
         commit_mode="autocommit",
     )
-    _answer_with(app, AdvancedAlchemy(config, app).provide_session())
+    _add_route(app, AdvancedAlchemy(config, app).provide_session())
 
 
 WAYS: dict[str, Callable[[FastAPI], None]] = {
     NO_DATABASE: no_database,
-    BY_HAND: in_handler,
+    HAND_WRITTEN: session_in_handler,
     DEPENDS: depends,
     PEER_FASTAPI: lambda app: contextual(app, "context_async_sqlalchemy", helper=True),
     PEER: lambda app: contextual(app, "context_async_sqlalchemy"),
     ADVANCED: advanced,
     FASTAPI_ASYNC: fastapi_async,
     NATIVE: lambda app: contextual(app, "ctxalchemy"),
-    PYTHON: lambda app: contextual(app, "ctxalchemy"),
+    PURE_PYTHON: lambda app: contextual(app, "ctxalchemy"),
 }
 
 
-def _answer_with(app: FastAPI, get_session: Callable[..., Any]) -> None:
+def _add_route(app: FastAPI, get_session: Callable[..., Any]) -> None:
     async def index(session: Any) -> dict[str, Any]:
         return {"value": await session.scalar(QUERY)}
 
@@ -122,7 +132,7 @@ def _url() -> str:
 
 
 def main() -> None:
-    """Serve until told to stop."""
+    """Serve until the process is terminated."""
     pin(0)
     app = FastAPI()
     WAYS[sys.argv[1]](app)

@@ -1,11 +1,11 @@
-"""Executed instructions, which a busy machine does not change: the gate against regressions.
+"""Count executed instructions and detect regressions; other work on the machine does not change the counts.
 
-``python -m bench.instructions`` counts under valgrind, and fails where a ratio to the reference loop,
-counted in the same run, is more than 3% above the one committed in ``instructions.json`` for this
-Python.  ``--update`` renews what is committed.
+``python -m bench.instructions`` counts under valgrind.  It divides each count by the count of a reference loop in
+the same run.  It fails if a ratio is more than 3% above the ratio that ``instructions.json`` has for this Python.
+``--update`` writes the ratios of this Python to ``instructions.json``, to be committed.
 
-Under valgrind, one process imports everything, and forks a child for each count: what two children
-with different numbers of repetitions differ in is what the repetitions took.
+Under valgrind, one process imports everything and forks a child for each count.  Two children run the same loop
+with different numbers of repetitions; the difference of their counts is the cost of the additional repetitions.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any
 from sqlalchemy import __version__ as sqlalchemy_version
 
 from . import libraries
-from .measure import build_flags, interpreter, loudly, save
+from .measure import build_flags, interpreter, save, warn
 from .micro import AWAITED, NOWAIT
 from .request import NO_SESSION, UNUSED, application
 
@@ -47,12 +47,12 @@ Ratios = dict[str, dict[str, float]]
 
 
 def loops() -> dict[str, Loop]:
-    """What to count, by "library: operation"."""
+    """Return the loops to count, by "backend: operation"."""
     found: dict[str, Loop] = {REFERENCE: _reference}
     for library, package in libraries.contextual().items():
-        if library in libraries.OURS:
+        if library in libraries.BACKEND_OF:
             for operation, loop in _loops(package).items():
-                found[f"{libraries.OURS[library]}: {operation}"] = loop
+                found[f"{libraries.BACKEND_OF[library]}: {operation}"] = loop
     return found
 
 
@@ -60,7 +60,7 @@ _sessions: ContextVar[dict[str, object]] = ContextVar("sessions")
 
 
 async def _reference(count: int) -> None:
-    """An ``async def`` that looks into a dict in a ContextVar: plain Python, nothing of ours."""
+    """Await an ``async def`` that reads a dict from a ContextVar; nothing of ctxalchemy is called."""
     _sessions.set({"key": object()})
     for _ in repeat(None, count):
         await _lookup("key")
@@ -71,23 +71,23 @@ async def _lookup(key: str) -> object:
 
 
 def _loops(package: ModuleType) -> dict[str, Loop]:
-    connection = libraries.connect(package, "sqlite+aiosqlite://")
+    db = libraries.create_database(package, "sqlite+aiosqlite://")
     db_session, nowait = package.db_session, package.db_session_nowait
 
     async def awaited(count: int) -> None:
         package.init_db_session_ctx()
-        await db_session(connection)
+        await db_session(db)
         for _ in repeat(None, count):
-            await db_session(connection)
+            await db_session(db)
 
     async def not_awaited(count: int) -> None:
         package.init_db_session_ctx()
-        await db_session(connection)
+        await db_session(db)
         for _ in repeat(None, count):
-            nowait(connection)
+            nowait(db)
 
     def requests(work: str) -> Loop:
-        app = package.ASGIHTTPDBSessionMiddleware(application(work, (db_session, (connection,) * 3)))
+        app = package.ASGIHTTPDBSessionMiddleware(application(work, (db_session, (db,) * 3)))
 
         async def serve(count: int) -> None:
             for _ in repeat(None, count):
@@ -108,7 +108,10 @@ async def _send(_message: object) -> None:
 
 
 def _run_loops() -> None:
-    """Run each loop twice in children, and print which process ran what: what valgrind is given to count."""
+    """Run each loop in two child processes, and print the loop, the repetitions and the pid of each process.
+
+    valgrind counts the instructions of each process.
+    """
     for name, loop in loops().items():
         for count in (FEW, MANY):
             sys.stdout.flush()
@@ -125,7 +128,7 @@ def _run_loops() -> None:
 
 
 def count_instructions() -> dict[str, float]:
-    """The instructions of each operation."""
+    """Return the number of instructions by operation."""
     with tempfile.TemporaryDirectory() as folder:
         command = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={folder}/%p", "-q"]
         variables = os.environ | {"PYTHONHASHSEED": "0"}
@@ -147,7 +150,7 @@ def count_instructions() -> dict[str, float]:
 
 
 def measure() -> tuple[dict[str, float], Ratios]:
-    """Count, and return the instructions, and by backend the ratios of the operations to the reference."""
+    """Count; return the instructions, and by backend the ratio of each operation to the reference loop."""
     counts = count_instructions()
     ratios: Ratios = {}
     for name, count in counts.items():
@@ -158,8 +161,8 @@ def measure() -> tuple[dict[str, float], Ratios]:
 
 
 def run(quick: bool = False) -> None:
-    """Count, and save counts and ratios."""
-    del quick  # it takes as long as it takes
+    """Count, and save the counts and the ratios."""
+    del quick  # the number of repetitions is fixed
     if not can_count():
         return
     counts, ratios = measure()
@@ -168,9 +171,9 @@ def run(quick: bool = False) -> None:
 
 
 def can_count() -> bool:
-    """Say so loudly where valgrind is absent."""
+    """Return whether valgrind is installed; warn if it is not."""
     if shutil.which("valgrind") is None:
-        loudly("no valgrind (apt-get install valgrind): instructions are NOT counted, the gate checks NOTHING")
+        warn("valgrind is not installed (apt-get install valgrind): instructions are NOT counted or checked")
         return False
     return True
 
@@ -179,33 +182,39 @@ def can_count() -> bool:
 
 
 def gate() -> int:
-    """Compare with what is committed; return the exit status."""
+    """Compare the ratios with the committed ratios; return the exit status."""
     _, ratios = measure()
     _print(ratios)
     committed = _committed().get(_key())
     if committed is None:
-        loudly(f"nothing is committed for {_key()}: the gate checks NOTHING; 'make bench-gate-update' mends that")
+        warn(f"no ratios are committed for {_key()}: NOTHING is checked; run 'make bench-gate-update'")
         return 0
     if committed["sqlalchemy"] != sqlalchemy_version:
-        print(f"note: committed with SQLAlchemy {committed['sqlalchemy']}, this is {sqlalchemy_version}")
-    worse = []
+        print(
+            f"note: the committed ratios were counted with SQLAlchemy {committed['sqlalchemy']}; "
+            f"{sqlalchemy_version} is installed"
+        )
+    regressions = []
     for backend, operations in committed["ratios"].items():
         if backend not in ratios:
-            loudly(f"the {backend} backend is not here: the gate does NOT check it")
+            warn(f"the {backend} backend is not installed: it is NOT checked")
             continue
         for operation, before in operations.items():
             now = ratios[backend][operation]
             if now > before * (1 + TOLERANCE):
-                worse.append(f"{backend}: {operation}: {before} -> {now} ({now / before - 1:+.1%})")
-    for line in worse:
-        print(f"WORSE  {line}", file=sys.stderr)
-    if worse:
-        print("mend it, or 'make bench-gate-update' and say in the commit why it is worth it", file=sys.stderr)
-    return 1 if worse else 0
+                regressions.append(f"{backend}: {operation}: {before} -> {now} ({now / before - 1:+.1%})")
+    for line in regressions:
+        print(f"REGRESSION  {line}", file=sys.stderr)
+    if regressions:
+        print(
+            "remove the regression, or run 'make bench-gate-update' and justify the cost in the commit message",
+            file=sys.stderr,
+        )
+    return 1 if regressions else 0
 
 
 def update() -> None:
-    """Commit the ratios of this Python."""
+    """Write the ratios of this Python to ``instructions.json``."""
     _, ratios = measure()
     _print(ratios)
     content = _committed()
@@ -233,9 +242,9 @@ def _print(ratios: Ratios) -> None:
 
 
 def main() -> int:
-    """Be the gate, or renew it."""
+    """Check the ratios or update them."""
     parser = argparse.ArgumentParser(prog="python -m bench.instructions", description=__doc__)
-    parser.add_argument("--update", action="store_true", help="renew what is committed for this Python")
+    parser.add_argument("--update", action="store_true", help="write the ratios of this Python to instructions.json")
     parser.add_argument("--under-valgrind", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.under_valgrind:

@@ -1,4 +1,4 @@
-"""The libraries that are compared: both backends of ctxalchemy in one process, and the peers.
+"""The libraries that are compared: both backends of ctxalchemy in one process, and the peers (other libraries).
 
 Only public names of the peers are used.
 """
@@ -14,75 +14,76 @@ from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 
-from .measure import loudly
+from .measure import warn
 
 NATIVE = "ctxalchemy native"
-PYTHON = "ctxalchemy python"
+PURE_PYTHON = "ctxalchemy pure Python"
 PEER = "context-async-sqlalchemy"
-PEER_HELPER = "context-async-sqlalchemy (BaseHTTPMiddleware)"
+PEER_STARLETTE = "context-async-sqlalchemy (BaseHTTPMiddleware)"
 SCOPED = "async_scoped_session"
 FASTAPI_ASYNC = "fastapi-async-sqlalchemy"
 ADVANCED = "advanced-alchemy"
-BY_HAND = "by hand"
+HAND_WRITTEN = "hand-written sessions"
 BARE = "bare application"
 
-# The ways to serve over HTTP that are not libraries.
+# Ways to serve a request that are only measured over HTTP.
 NO_DATABASE = "no database"
-DEPENDS = "by hand with Depends"
+DEPENDS = "hand-written sessions with Depends"
 PEER_FASTAPI = f"{PEER} (FastAPI helper)"
 
-OURS = {NATIVE: "native", PYTHON: "python"}
+# The value of CTXALCHEMY_BACKEND for each of our libraries.
+BACKEND_OF = {NATIVE: "native", PURE_PYTHON: "python"}
 
 
 @cache
 def contextual() -> dict[str, ModuleType]:
-    """The libraries with the interface of ctxalchemy, by name; without those that are not installed here."""
-    found = {name: package for name in (PYTHON, NATIVE) if (package := _load(OURS[name]))}
+    """Return the installed libraries that have the interface of ctxalchemy, by name."""
+    found = {name: package for name in (PURE_PYTHON, NATIVE) if (package := _load(BACKEND_OF[name]))}
     try:
         found[PEER] = importlib.import_module("context_async_sqlalchemy")
     except ModuleNotFoundError:
-        loudly(f"{PEER} is not installed: there is nothing to compare with")
+        warn(f"{PEER} is not installed: ctxalchemy is not compared with it")
     return found
 
 
 def backends() -> list[str]:
-    """The backends of ctxalchemy that are here."""
-    return [OURS[name] for name in contextual() if name in OURS]
+    """Return the backends of ctxalchemy that are installed."""
+    return [BACKEND_OF[name] for name in contextual() if name in BACKEND_OF]
 
 
-def connect(package: ModuleType, url: str, **options: Any) -> Any:
-    """A connection of this library, made the same way for all."""
+def create_database(package: ModuleType, url: str, **options: Any) -> Any:
+    """Return a database (``DBConnect``) of this library; it is configured alike for all libraries."""
     return package.DBConnect(lambda _host: create_engine(url, **options), create_session_maker, "localhost")
 
 
 def create_engine(url: str, **options: Any) -> AsyncEngine:
-    """The engine that all of them use."""
+    """Return an engine; all libraries use engines from this function."""
     return create_async_engine(url, **options)
 
 
 def create_session_maker(engine: AsyncEngine) -> async_sessionmaker[AsyncSession]:
-    """The session maker that all of them use."""
+    """Return a session maker; all libraries use session makers from this function."""
     return async_sessionmaker(engine, expire_on_commit=False)
 
 
 def _load(backend: str) -> ModuleType | None:
     """Import a copy of ctxalchemy with this backend.
 
-    The Python one comes first: the copy that stays in ``sys.modules`` is the native one, whose Rust
-    code may look there.
+    Load the pure-Python backend first and the native backend last: the last copy stays in ``sys.modules``,
+    and the Rust code may import from there.
     """
     before = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "ctxalchemy"}
     for name in before:
         del sys.modules[name]
-    chosen = os.environ.get("CTXALCHEMY_BACKEND")
+    previous = os.environ.get("CTXALCHEMY_BACKEND")
     os.environ["CTXALCHEMY_BACKEND"] = backend
     try:
         return importlib.import_module("ctxalchemy")
     except ModuleNotFoundError as error:
-        loudly(f"the {backend} backend is not here ({error}): it is not measured")
+        warn(f"the {backend} backend is not installed ({error}): it is not measured")
         sys.modules.update(before)
         return None
     finally:
         del os.environ["CTXALCHEMY_BACKEND"]
-        if chosen is not None:
-            os.environ["CTXALCHEMY_BACKEND"] = chosen
+        if previous is not None:
+            os.environ["CTXALCHEMY_BACKEND"] = previous

@@ -1,4 +1,4 @@
-"""How everything here is measured: pinned, in turns, and with a note of where."""
+"""What all benchmarks share: pinning to a core, interleaved measurements, and a record of the environment."""
 
 from __future__ import annotations
 
@@ -40,21 +40,21 @@ PACKAGES = (
 )
 
 
-def loudly(message: str) -> None:
-    """Say that something could not be measured, where nobody overlooks it."""
+def warn(message: str) -> None:
+    """Print a conspicuous warning, for example that something cannot be measured."""
     print(f"\n{'*' * 100}\n*** {message}\n{'*' * 100}\n", file=sys.stderr, flush=True)
 
 
 def pin(core: int) -> None:
-    """Keep this process on one core, where the system lets it."""
+    """Keep this process on one core, if the system supports it."""
     if hasattr(os, "sched_setaffinity"):
         allowed = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {allowed[core % len(allowed)]})
 
 
 @contextmanager
-def no_collector() -> Iterator[None]:
-    """Keep the garbage collector from hitting one competitor with what another left behind."""
+def garbage_collector_disabled() -> Iterator[None]:
+    """Disable the garbage collector, so that no competitor is charged for the garbage of another."""
     gc.collect()
     gc.disable()
     try:
@@ -63,12 +63,12 @@ def no_collector() -> Iterator[None]:
         gc.enable()
 
 
-# One for all calls: who follows whom is not to be the same each time.
+# One generator for all calls: each round has a different order.
 _orders = random.Random(0)
 
 
-def in_turns(measures: Mapping[K, Callable[[], T]], rounds: int) -> dict[K, list[T]]:
-    """Measure each once a round, in another order each time: what disturbs the machine disturbs all alike."""
+def measure_interleaved(measures: Mapping[K, Callable[[], T]], rounds: int) -> dict[K, list[T]]:
+    """Measure each once per round, in a random order: other work on the machine then affects all of them alike."""
     samples: dict[K, list[T]] = {name: [] for name in measures}
     order = list(measures)
     for _ in range(rounds):
@@ -80,7 +80,7 @@ def in_turns(measures: Mapping[K, Callable[[], T]], rounds: int) -> dict[K, list
 
 
 def repetitions(run: Callable[[int], float], nanoseconds: float) -> int:
-    """How often to repeat so that ``run``, which returns the nanoseconds it took, takes about this long."""
+    """Return how many repetitions of ``run`` take about this long; ``run(count)`` returns the nanoseconds it took."""
     count = 1
     while (taken := run(count)) < nanoseconds / 10:
         count *= 4
@@ -88,19 +88,19 @@ def repetitions(run: Callable[[int], float], nanoseconds: float) -> int:
 
 
 def ratio_of_medians(ours: Iterable[float], theirs: Iterable[float]) -> float:
-    """How many times dearer they are than we."""
+    """Return the median of ``theirs`` divided by the median of ``ours``."""
     return median(theirs) / median(ours)
 
 
 def interpreter() -> str:
-    """The name of this interpreter in file names and tables: 3.11, 3.13t."""
+    """Return the name of this interpreter in file names and tables, for example 3.11 or 3.13t."""
     free_threaded = "t" if sysconfig.get_config_var("Py_GIL_DISABLED") else ""
     other = "" if sys.implementation.name == "cpython" else f"{sys.implementation.name}-"
     return f"{other}{sys.version_info.major}.{sys.version_info.minor}{free_threaded}"
 
 
 def build_flags() -> str:
-    """Whether this interpreter was built with profile-guided and link-time optimization."""
+    """Describe whether this interpreter was built with profile-guided and link-time optimization."""
     arguments = sysconfig.get_config_var("CONFIG_ARGS") or ""
     used = sysconfig.get_config_var("PY_CORE_CFLAGS") or ""
     pgo = "--enable-optimizations" in arguments or "-fprofile-use" in used
@@ -109,7 +109,7 @@ def build_flags() -> str:
 
 
 def environment(backends: Iterable[str]) -> dict[str, Any]:
-    """What the figures depend on."""
+    """Return a description of the machine, the interpreter and the packages: the figures depend on them."""
     gil = getattr(sys, "_is_gil_enabled", None)
     return {
         "interpreter": f"{platform.python_implementation()} {platform.python_version()}",
@@ -125,7 +125,7 @@ def environment(backends: Iterable[str]) -> dict[str, Any]:
 
 
 def save(part: str, figures: Mapping[str, Any], backends: Iterable[str], **more: str) -> None:
-    """Write the figures of a part, and where they come from, to ``results/``."""
+    """Write the figures of a part and the environment of the run to ``results/``."""
     RESULTS.mkdir(exist_ok=True)
     content = {"part": part, "environment": environment(backends) | more, "figures": figures}
     path = RESULTS / f"{interpreter()}-{part}.json"
@@ -133,7 +133,7 @@ def save(part: str, figures: Mapping[str, Any], backends: Iterable[str], **more:
 
 
 def subprocess_output(*arguments: str, **variables: str) -> str:
-    """Run ``python -m`` with these arguments, and return what it prints."""
+    """Run ``python -m`` with these arguments and return its standard output."""
     done = subprocess.run(
         [sys.executable, "-m", *arguments], env=os.environ | variables, check=True, capture_output=True, text=True
     )

@@ -1,7 +1,7 @@
-"""How much memory an open context takes: ``python -m bench.memory LIBRARY`` prints the bytes of each.
+"""Measure the memory of an open context: ``python -m bench.memory LIBRARY`` prints the bytes of one context.
 
-All allocations count, Rust's too: Python is told to use the C library's allocator, which is asked
-before and after.  Its rounding is in the figures.
+All allocations are counted, those of Rust included: Python uses the C library's allocator, and the bytes in
+use are read from that allocator before and after.  The figures include the allocator's rounding.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from contextvars import ContextVar, copy_context
 from typing import Any
 
 from . import libraries
-from .measure import loudly, subprocess_output
+from .measure import subprocess_output, warn
 
 COUNT = 5000
-DICT = "floor: dict of one entry and its token"
+FLOOR_DICT = "floor: dict of one item and its token"
 
 
 class _Mallinfo2(ctypes.Structure):
-    # Ten sizes, of which mallinfo(3) names the eighth uordblks: the bytes in use.
+    # Ten sizes.  The eighth is uordblks in mallinfo(3): the bytes in use.
     _fields_ = (("before", ctypes.c_size_t * 7), ("uordblks", ctypes.c_size_t), ("after", ctypes.c_size_t * 2))
 
 
 def all_bytes() -> dict[str, float]:
-    """The bytes of an open context for each library, each in a process of its own."""
+    """Return the bytes of an open context by library; each library is measured in its own process."""
     if not hasattr(ctypes.CDLL(None), "mallinfo2") or not getattr(sys, "_is_gil_enabled", lambda: True)():
-        loudly("memory is only measured with glibc 2.33 or later, and not without the GIL")
+        warn("memory is NOT measured: it requires glibc 2.33 or later, and the GIL")
         return {}
-    names = [DICT, *libraries.contextual()]
+    names = [FLOOR_DICT, *libraries.contextual()]
     return {name: float(subprocess_output("bench.memory", name, PYTHONMALLOC="malloc")) for name in names}
 
 
@@ -42,18 +42,18 @@ def _used() -> int:
 
 
 def _bytes(name: str) -> float:
-    """Open contexts that share one session, each in a ``contextvars.Context`` of its own; those do not count."""
+    """Open contexts that share one session, each in its own ``contextvars.Context``, which is not counted."""
     session = object()
     variable: ContextVar[dict[Any, Any]] = ContextVar("variable")
-    key: Any = "connection"
+    key: Any = "database"
 
     def open_dict() -> object:
         return variable.set({key: session})
 
     open_one = open_dict
-    if name != DICT:
+    if name != FLOOR_DICT:
         package = libraries.contextual()[name]
-        key = libraries.connect(package, "sqlite+aiosqlite://")
+        key = libraries.create_database(package, "sqlite+aiosqlite://")
 
         def open_context() -> object:
             opened = package.init_db_session_ctx() if name == libraries.PEER else package._backend.open_context()
@@ -62,7 +62,7 @@ def _bytes(name: str) -> float:
 
         open_one = open_context
     contexts = [copy_context() for _ in range(COUNT)]
-    # What is set first in a context makes it a node, which is not the library's.
+    # The first variable that is set in a contextvars.Context allocates a node, which is not the library's cost.
     other: ContextVar[None] = ContextVar("other")
     for context in contexts:
         context.run(other.set, None)

@@ -1,6 +1,8 @@
-"""Single operations, in nanoseconds net of an empty loop, beside the floors of the interpreter.
+"""Measure single operations, in nanoseconds net of an empty loop, and the floors of the interpreter.
 
-The median of many rounds, taken in turns.  ``test_micro.py`` runs the same cases under pytest-benchmark.
+A hit is a call for a session that exists already in the context.  A floor is the minimum cost that the
+interpreter itself imposes on an operation.  Each figure is the median of many interleaved rounds.
+``test_micro.py`` runs the same cases under pytest-benchmark.
 """
 
 from __future__ import annotations
@@ -19,26 +21,27 @@ from typing import Any
 from sqlalchemy.ext.asyncio import async_scoped_session
 
 from . import floors, libraries, memory
-from .libraries import FASTAPI_ASYNC, NATIVE, PEER, PYTHON, SCOPED
-from .measure import in_turns, interpreter, no_collector, repetitions, save
+from .libraries import FASTAPI_ASYNC, NATIVE, PEER, PURE_PYTHON, SCOPED
+from .measure import garbage_collector_disabled, interpreter, measure_interleaved, repetitions, save
 
 URL = "sqlite+aiosqlite://"
 
 AWAITED = "await db_session, hit"
 NOWAIT = "db_session_nowait, hit"
-FIRST = "first session of a context, and pop it"
-LIFE = "context, first session, both closed"
-CONTEXT = "context init + reset, as the middleware does it"
-CONTEXT_CLOSED = "context init + close + reset"
-CONTEXT_BY_HAND = "init_db_session_ctx + reset_db_session_ctx"
+FIRST = "first session of a context + pop"
+LIFE = "open context + first session + close both"
+CONTEXT = "open + reset context, as the middleware does"
+CONTEXT_CLOSED = "open + close + reset context"
+CONTEXT_PUBLIC = "init_db_session_ctx + reset_db_session_ctx"
 PUT_POP = "put + pop"
+HIT_OF_LAST = {count: f"hit, last database of {count}" for count in (1, 4, 16)}
 TASKS = "hit in 100 concurrent tasks"
 BYTES = "bytes per open context with one session"
 
 FLOOR_CALL = "floor: C call"
 FLOOR_AWAIT = "floor: C call + await of a ready awaitable"
 FLOOR_CONTEXT = "floor: ContextVar.set + reset"
-FLOOR_DICT = "floor: dict of one entry and its token"
+FLOOR_DICT = memory.FLOOR_DICT
 
 FLOOR_OF = {AWAITED: FLOOR_AWAIT, NOWAIT: FLOOR_CALL, CONTEXT: FLOOR_CONTEXT, BYTES: FLOOR_DICT}
 
@@ -50,7 +53,7 @@ def _loop() -> asyncio.AbstractEventLoop:
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One operation of one library: a statement to repeat, in a task of its own."""
+    """One operation of one library: a statement that is repeated in one task or in several."""
 
     operation: str
     library: str
@@ -62,11 +65,11 @@ class Case:
     tasks: int = 1
 
     def nanoseconds(self, count: int) -> float:
-        """Repeat the statement this often, in each of the tasks; return the nanoseconds for each time."""
+        """Repeat the statement ``count`` times in each task; return the nanoseconds per repetition."""
         return self._run(self._timed, count)
 
     def empty_nanoseconds(self, count: int) -> float:
-        """The same for the loop around the statement."""
+        """Return the nanoseconds per repetition of the loop around the statement."""
         return self._run(self._empty, count)
 
     def __str__(self) -> str:
@@ -108,48 +111,53 @@ class Case:
 
 
 def cases() -> list[Case]:
-    """All cases that can be run here."""
+    """Return all cases whose libraries are installed."""
     found = [case for library, package in libraries.contextual().items() for case in _contextual(library, package)]
     return [*found, *_scoped(), *_fastapi_async(), *_floors()]
 
 
 def _contextual(library: str, package: ModuleType) -> Iterator[Case]:
-    connections = [libraries.connect(package, URL) for _ in range(16)]
+    databases = [libraries.create_database(package, URL) for _ in range(16)]
     names = {
         "db_session": package.db_session,
         "init": package.init_db_session_ctx,
         "reset": package.reset_db_session_ctx,
         "put": package.put_db_session_to_context,
         "pop": package.pop_db_session_from_context,
-        "connection": connections[0],
-        "connections": connections,
+        "db": databases[0],
+        "databases": databases,
         "sleep": asyncio.sleep,
     }
-    opened, forgotten = "token = init()", "await reset(token, with_close=False)"
-    with_session = f"{opened}\nsession = await db_session(connection)"
+    opened, discarded = "token = init()", "await reset(token, with_close=False)"
+    with_session = f"{opened}\nsession = await db_session(db)"
 
-    def case(operation: str, statement: str, setup: str = with_session, teardown: str = forgotten, **more: Any) -> Case:
+    def case(operation: str, statement: str, setup: str = with_session, teardown: str = discarded, **more: Any) -> Case:
         return Case(operation, library, statement, names, setup, teardown, **more)
 
-    yield case(AWAITED, "await db_session(connection)")
-    yield case(FIRST, "await db_session(connection)\npop(connection)", opened)
-    yield case(LIFE, "token = init()\nawait db_session(connection)\nawait reset(token)", "pass", "pass")
-    yield case(CONTEXT_BY_HAND, "await reset(init())", "pass", "pass")
-    yield case(PUT_POP, "put(connection, session)\npop(connection)")
-    for count in (1, 4, 16):
-        several = f"{opened}\nfor connection in connections[:{count}]: await db_session(connection)"
-        yield case(f"hit of the last of {count}", "await db_session(connection)", several)
-    yield case(TASKS, "await sleep(0)\nawait db_session(connection)", tasks=100, empty="await sleep(0)")
+    yield case(AWAITED, "await db_session(db)")
+    yield case(FIRST, "await db_session(db)\npop(db)", opened)
+    yield case(LIFE, "token = init()\nawait db_session(db)\nawait reset(token)", "pass", "pass")
+    yield case(CONTEXT_PUBLIC, "await reset(init())", "pass", "pass")
+    yield case(PUT_POP, "put(db, session)\npop(db)")
+    for count in HIT_OF_LAST:
+        several = f"{opened}\nfor db in databases[:{count}]: await db_session(db)"
+        yield case(HIT_OF_LAST[count], "await db_session(db)", several)
+    yield case(TASKS, "await sleep(0)\nawait db_session(db)", tasks=100, empty="await sleep(0)")
     if library == PEER:
-        # Like for like: ``enter`` and ``leave`` close nothing either.
+        # ``with_close=False`` because the middleware's calls, which are measured for ctxalchemy, close nothing either.
         yield case(CONTEXT, "await reset(init(), with_close=False)", "pass", "pass")
         yield case(CONTEXT_CLOSED, "await reset(init())", "pass", "pass")
     else:
-        core = package._backend
-        names |= {"nowait": package.db_session_nowait, "enter": core.open_context, "leave": core.reset_context}
-        yield case(NOWAIT, "nowait(connection)")
-        yield case(CONTEXT, "leave(enter())", "pass", "pass")
-        yield case(CONTEXT_CLOSED, "store = enter()\nstore.close()\nleave(store)", "pass", "pass")
+        backend = package._backend
+        names |= {
+            "nowait": package.db_session_nowait,
+            "open_context": backend.open_context,
+            "reset_context": backend.reset_context,
+        }
+        yield case(NOWAIT, "nowait(db)")
+        yield case(CONTEXT, "reset_context(open_context())", "pass", "pass")
+        closed = "context = open_context()\ncontext.close()\nreset_context(context)"
+        yield case(CONTEXT_CLOSED, closed, "pass", "pass")
 
 
 def _scoped() -> Iterator[Case]:
@@ -187,18 +195,18 @@ def _floors() -> Iterator[Case]:
 
 
 def run(quick: bool = False) -> None:
-    """Measure all cases in turns, and save the net nanoseconds."""
+    """Measure all cases, interleaved, and save the net nanoseconds."""
     slice_ns = 1e6 if quick else 3e6
     figures: dict[str, dict[str, float]] = {}
-    with no_collector():
+    with garbage_collector_disabled():
         measures: dict[tuple[Case, str], Callable[[], float]] = {}
         for case in cases():
-            # Switching tasks costs several times what is measured in them: it takes longer to see.
+            # A task switch costs several times as much as the measured operation: such cases run for longer.
             target = slice_ns if case.tasks == 1 else slice_ns * 10
             count = repetitions(lambda n, case=case: case.nanoseconds(n) * n * case.tasks, target)  # type: ignore[misc]
             measures[case, "full"] = lambda case=case, count=count: case.nanoseconds(count)  # type: ignore[misc]
             measures[case, "empty"] = lambda case=case, count=count: case.empty_nanoseconds(count)  # type: ignore[misc]
-        samples = in_turns(measures, 20 if quick else 100)
+        samples = measure_interleaved(measures, 20 if quick else 100)
     for case, kind in samples:
         if kind == "full":
             net = median(samples[case, "full"]) - median(samples[case, "empty"])
@@ -209,12 +217,12 @@ def run(quick: bool = False) -> None:
 
 
 def _print(figures: dict[str, dict[str, float]]) -> None:
-    print(f"\nmicro, {interpreter()}: net nanoseconds (and times as fast as {PEER})")
+    print(f"\nmicro, {interpreter()}: net nanoseconds (and how many times as fast as {PEER})")
     for operation, row in figures.items():
-        # The peer has no lookup without waiting: what it has is the awaited one.
+        # The peer has no synchronous lookup: compare with its awaited lookup.
         peer = row.get(PEER, figures[AWAITED].get(PEER) if operation == NOWAIT else None)
         cells = [
-            f"{library} {value:,.0f}" + (f" ({peer / value:.1f}x)" if peer and library in (NATIVE, PYTHON) else "")
+            f"{library} {value:,.0f}" + (f" ({peer / value:.1f}x)" if peer and library in (NATIVE, PURE_PYTHON) else "")
             for library, value in row.items()
         ]
         print(f"  {operation}: {'; '.join(cells)}")

@@ -1,7 +1,7 @@
-"""Whole requests in this process, through the middlewares: CPU and wall time of each, in turns.
+"""Measure whole requests through the middlewares, in this process: CPU time and wall time, interleaved.
 
-The application is a bare ASGI function, so that what a library adds is not lost in a framework.
-PostgreSQL is measured where ``TEST_DATABASE_URL`` names one; its own CPU time does not count.
+The application is a bare ASGI function: the cost of a framework would hide the cost of the library.
+PostgreSQL is measured if ``TEST_DATABASE_URL`` is set; the CPU time of the server process is not counted.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 
 from . import libraries
-from .libraries import ADVANCED, BARE, BY_HAND, FASTAPI_ASYNC, PEER, PEER_HELPER
-from .measure import in_turns, interpreter, loudly, no_collector, pin, repetitions, save
+from .libraries import ADVANCED, BARE, FASTAPI_ASYNC, HAND_WRITTEN, PEER, PEER_STARLETTE
+from .measure import garbage_collector_disabled, interpreter, measure_interleaved, pin, repetitions, save, warn
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -34,21 +34,21 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 NO_SESSION = "no session"
 UNUSED = "session unused"
 SELECT = "one select"
-THREE = "three sessions, a select in each"
-STREAM = "a select, then a stream of 20 chunks"
+THREE = "three sessions, one select each"
+STREAM = "one select, then a stream of 20 chunks"
 
 QUERY = text("SELECT 1")
 START: Message = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/plain")]}
 CHUNK: Message = {"type": "http.response.body", "body": b"chunk", "more_body": True}
 END: Message = {"type": "http.response.body", "body": b"done", "more_body": False}
 
-# How an application asks for its session: it awaits a function with one argument.
+# How an application gets its sessions: the coroutine function to await, and its argument for each of three sessions.
 Sessions = tuple[Callable[[Any], Awaitable[AsyncSession]], tuple[Any, Any, Any]]
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one request took."""
+    """The nanoseconds of one request."""
 
     cpu: float
     wall: float
@@ -61,12 +61,12 @@ async def respond(send: Send) -> None:
 
 
 async def no_session(_scope: Scope, _receive: Receive, send: Send) -> None:
-    """An application that asks for no session."""
+    """Respond without a session."""
     await respond(send)
 
 
 def application(work: str, sessions: Sessions) -> App:
-    """An application that asks its library for its sessions, and leaves their settling to the middleware."""
+    """Return an application that gets its sessions from its library; the middleware completes them."""
     get, (key, second, third) = sessions
 
     async def unused(_scope: Scope, _receive: Receive, send: Send) -> None:
@@ -95,8 +95,8 @@ def application(work: str, sessions: Sessions) -> App:
     return {NO_SESSION: no_session, UNUSED: unused, SELECT: select, THREE: three, STREAM: stream}[work]
 
 
-def by_hand(work: str, makers: list[async_sessionmaker[AsyncSession]]) -> App:
-    """The same, written by hand without any library: ``async with maker() as s, s.begin()``."""
+def hand_written(work: str, makers: list[async_sessionmaker[AsyncSession]]) -> App:
+    """Return an application that does the work without a library: ``async with maker() as s, s.begin()``."""
     maker = makers[0]
 
     async def unused(_scope: Scope, _receive: Receive, send: Send) -> None:
@@ -129,30 +129,30 @@ def by_hand(work: str, makers: list[async_sessionmaker[AsyncSession]]) -> App:
 
 
 class Competitors:
-    """The applications under each middleware, on engines of their own for one database."""
+    """The applications under each middleware; each has its own engines for the database of this URL."""
 
     def __init__(self, url: str) -> None:
         self._url = url
         self._engines: list[AsyncEngine] = []
-        self._connections: list[Any] = []
+        self._databases: list[Any] = []
 
     def all(self, work: str) -> dict[str, App]:
-        """The application that does this work, by library; without those that cannot do it."""
+        """Return the applications that do this work, by library; libraries that cannot do it are left out."""
         found: dict[str, App] = {BARE: no_session} if work in (NO_SESSION, UNUSED) else {}
         if work != NO_SESSION:
-            found[BY_HAND] = by_hand(work, self._three_makers())
+            found[HAND_WRITTEN] = hand_written(work, self._three_makers())
         for library, package in libraries.contextual().items():
             found[library] = package.ASGIHTTPDBSessionMiddleware(application(work, self._sessions(package)))
             if library == PEER:
-                found[PEER_HELPER] = _base_http_middleware(application(work, self._sessions(package)))
+                found[PEER_STARLETTE] = _base_http_middleware(application(work, self._sessions(package)))
         if work != THREE:
             found |= self._fastapi_async(work) | self._advanced(work)
         return found
 
     async def close(self) -> None:
-        """Close all connections."""
-        for connection in self._connections:
-            await connection.close()
+        """Close all databases and dispose of all engines."""
+        for db in self._databases:
+            await db.close()
         for engine in self._engines:
             await engine.dispose()
 
@@ -164,8 +164,8 @@ class Competitors:
         return [libraries.create_session_maker(self._engine()) for _ in range(3)]
 
     def _sessions(self, package: ModuleType) -> Sessions:
-        first, second, third = (libraries.connect(package, self._url) for _ in range(3))
-        self._connections += [first, second, third]
+        first, second, third = (libraries.create_database(package, self._url) for _ in range(3))
+        self._databases += [first, second, third]
         return package.db_session, (first, second, third)
 
     def _fastapi_async(self, work: str) -> dict[str, App]:
@@ -197,20 +197,20 @@ class Competitors:
             commit_mode="autocommit",
         )
         alchemy = AdvancedAlchemy(config, framework)
-        asked: list[Request] = []
+        requests: list[Request] = []
 
         async def get(_key: object) -> AsyncSession:
-            return alchemy.get_async_session(asked[-1])
+            return alchemy.get_async_session(requests[-1])
 
         app = application(work, (get, (None, None, None)))
 
-        async def remember(scope: Scope, receive: Receive, send: Send) -> None:
+        async def store_request(scope: Scope, receive: Receive, send: Send) -> None:
             scope["app"] = framework
-            asked[:] = [Request(scope)]
+            requests[:] = [Request(scope)]
             await app(scope, receive, send)
 
         middleware = framework.user_middleware[-1]
-        served: App = middleware.cls(remember, *middleware.args, **middleware.kwargs)
+        served: App = middleware.cls(store_request, *middleware.args, **middleware.kwargs)
         return {ADVANCED: served}
 
 
@@ -223,16 +223,16 @@ def _base_http_middleware(app: App) -> App:
 
 @asynccontextmanager
 async def competitors(url: str, work: str) -> AsyncIterator[dict[str, App]]:
-    """The applications that do this work, and their connections closed at the end."""
-    made = Competitors(url)
+    """Yield the applications that do this work; close their databases and engines at the end."""
+    created = Competitors(url)
     try:
-        yield made.all(work)
+        yield created.all(work)
     finally:
-        await made.close()
+        await created.close()
 
 
 async def serve(app: App, count: int) -> Cost:
-    """Send this many requests to the application, one after the other; return the nanoseconds of each."""
+    """Send this many requests to the application, one after another; return the mean cost of one request."""
     done = asyncio.Event()
 
     async def receive() -> Message:
@@ -268,18 +268,18 @@ async def serve(app: App, count: int) -> Cost:
 
 
 def databases() -> dict[str, str]:
-    """The URLs of the databases that are here."""
+    """Return the URLs of the available databases, by name."""
     found = {"SQLite": f"sqlite+aiosqlite:///{tempfile.mkdtemp(prefix='bench-')}/bench.sqlite3"}
     url = os.environ.get("TEST_DATABASE_URL")
     if url:
         found["PostgreSQL"] = url
     else:
-        loudly("TEST_DATABASE_URL is not set: nothing is measured on PostgreSQL")
+        warn("TEST_DATABASE_URL is not set: nothing is measured on PostgreSQL")
     return found
 
 
 def workloads() -> list[tuple[str, str, str]]:
-    """Each work with the name of its row, and the URL of its database."""
+    """Return the workloads: the name of the row, the work, and the URL of the database."""
     urls = databases()
     last = list(urls)[-1]
     plain = [(work, work, urls["SQLite"]) for work in (NO_SESSION, UNUSED)]
@@ -288,7 +288,7 @@ def workloads() -> list[tuple[str, str, str]]:
 
 
 def run(quick: bool = False) -> None:
-    """Measure all workloads, and save the nanoseconds of a request: the medians of all rounds."""
+    """Measure all workloads, and save the median nanoseconds per request over all rounds."""
     pin(0)
     figures: dict[str, dict[str, dict[str, float]]] = {}
     with asyncio.Runner() as runner:
@@ -300,13 +300,13 @@ def run(quick: bool = False) -> None:
 
 def _measure(runner: asyncio.Runner, url: str, work: str, quick: bool) -> dict[str, dict[str, float]]:
     slow = work not in (NO_SESSION, UNUSED)
-    # With new connections at each sitting: the server's process of one may be better placed than that of another for
-    # as long as it lives.
-    sittings = 1 if quick or not slow else 15
+    # Each repeat opens new connections: the server process behind one connection may run on a better core than that
+    # behind another for as long as the connection exists.
+    repeats = 1 if quick or not slow else 15
     rounds = 10 if quick else 20 if slow else 60
     samples: dict[str, list[Cost]] = {}
-    for _ in range(sittings):
-        for name, costs in _sitting(runner, url, work, rounds).items():
+    for _ in range(repeats):
+        for name, costs in _measure_once(runner, url, work, rounds).items():
             samples.setdefault(name, []).extend(costs)
     return {
         name: {"cpu": median(cost.cpu for cost in costs), "wall": median(cost.wall for cost in costs)}
@@ -314,7 +314,7 @@ def _measure(runner: asyncio.Runner, url: str, work: str, quick: bool) -> dict[s
     }
 
 
-def _sitting(runner: asyncio.Runner, url: str, work: str, rounds: int) -> dict[str, list[Cost]]:
+def _measure_once(runner: asyncio.Runner, url: str, work: str, rounds: int) -> dict[str, list[Cost]]:
     context = competitors(url, work)
     apps = runner.run(context.__aenter__())
 
@@ -327,8 +327,8 @@ def _sitting(runner: asyncio.Runner, url: str, work: str, rounds: int) -> dict[s
     try:
         target = 3e6 if work in (NO_SESSION, UNUSED) else 1e7
         counts = {name: repetitions(partial(nanoseconds, app), target) for name, app in apps.items()}
-        with no_collector():
-            return in_turns({name: partial(served, app, counts[name]) for name, app in apps.items()}, rounds)
+        with garbage_collector_disabled():
+            return measure_interleaved({name: partial(served, app, counts[name]) for name, app in apps.items()}, rounds)
     finally:
         runner.run(context.__aexit__(None, None, None))
 

@@ -1,4 +1,7 @@
-"""Hits per second from one thread to all cores, on a free-threaded Python without the GIL."""
+"""Measure hits per second with one thread up to one per core, on a free-threaded Python without the GIL.
+
+A hit is a call for a session that exists already in the context.
+"""
 
 from __future__ import annotations
 
@@ -15,30 +18,30 @@ from typing import Any
 
 from . import libraries
 from .libraries import PEER
-from .measure import in_turns, interpreter, loudly, save
+from .measure import interpreter, measure_interleaved, save, warn
 
-OWN, SHARED = "a connection each", "one connection for all"
-# What the machine has to give: it may have less for four threads than four times that for one.
+OWN_DATABASE, SHARED_DATABASE = "one database per thread", "one database for all threads"
+# How far the machine itself scales: four threads may reach less than four times the rate of one thread.
 FLOOR_COROUTINE = "floor: await of an async def"
 
 
 def run(quick: bool = False) -> None:
-    """Measure from one thread to all cores, and save millions of hits per second."""
+    """Measure with one thread up to one per core, and save the millions of hits per second."""
     if getattr(sys, "_is_gil_enabled", lambda: True)():
-        # On a free-threaded Python, greenlet has turned it on.
-        loudly("scaling is NOT measured: the GIL is on (it takes a free-threaded Python, with -Xgil=0)")
+        # On a free-threaded Python, the import of greenlet has enabled the GIL.
+        warn("scaling is NOT measured: the GIL is on (a free-threaded Python with -Xgil=0 is required)")
         return
     counts = sorted({1, 2, 4, os.cpu_count() or 1})
     hits = 50_000 if quick else 1_000_000
     measures: dict[tuple[str, str, int], Callable[[], float]] = {}
     for threads in counts:
-        measures[FLOOR_COROUTINE, OWN, threads] = partial(_rate, partial(_floor, hits), threads, hits)
+        measures[FLOOR_COROUTINE, OWN_DATABASE, threads] = partial(_rate, partial(_floor, hits), threads, hits)
         for library, package in libraries.contextual().items():
-            shared = libraries.connect(package, "sqlite+aiosqlite://")
-            for sharing, connection in ((OWN, None), (SHARED, shared)):
-                loop = partial(_hits, package, connection, hits)
+            shared = libraries.create_database(package, "sqlite+aiosqlite://")
+            for sharing, db in ((OWN_DATABASE, None), (SHARED_DATABASE, shared)):
+                loop = partial(_hits, package, db, hits)
                 measures[library, sharing, threads] = partial(_rate, loop, threads, hits)
-    samples = in_turns(measures, 3 if quick else 9)
+    samples = measure_interleaved(measures, 3 if quick else 9)
     figures: dict[str, dict[str, dict[str, float]]] = {}
     for (library, sharing, threads), rates in samples.items():
         figures.setdefault(sharing, {}).setdefault(library, {})[str(threads)] = round(median(rates), 2)
@@ -47,7 +50,7 @@ def run(quick: bool = False) -> None:
 
 
 def _rate(loop: Callable[[], Coroutine[Any, Any, None]], threads: int, hits: int) -> float:
-    """Millions of hits per second, all threads together."""
+    """Return the millions of hits per second of all threads together."""
     barrier = Barrier(threads)
     spans: list[tuple[int, int]] = []
 
@@ -70,25 +73,25 @@ def _rate(loop: Callable[[], Coroutine[Any, Any, None]], threads: int, hits: int
 
 
 def _hits(package: ModuleType, shared: Any, hits: int) -> Coroutine[Any, Any, None]:
-    """A loop of hits in a context of its own, with a connection of its own where none is shared."""
-    connection = shared or libraries.connect(package, "sqlite+aiosqlite://")
+    """Return a loop of hits in a new context, with the shared database or, if it is None, with a new one."""
+    db = shared or libraries.create_database(package, "sqlite+aiosqlite://")
     package.init_db_session_ctx()
-    package.put_db_session_to_context(connection, object())
-    return _loop(package.db_session, connection, hits)
+    package.put_db_session_to_context(db, object())
+    return _loop(package.db_session, db, hits)
 
 
 def _floor(hits: int) -> Coroutine[Any, Any, None]:
-    """The same loop around a function of its own that does nothing."""
+    """Return the loop of ``_hits`` with a new coroutine function that does nothing."""
 
-    async def nothing(_connection: object) -> None:
+    async def nothing(_db: object) -> None:
         pass
 
     return _loop(nothing, None, hits)
 
 
-async def _loop(db_session: Callable[[Any], Any], connection: object, hits: int) -> None:
+async def _loop(db_session: Callable[[Any], Any], db: object, hits: int) -> None:
     for _ in repeat(None, hits):
-        await db_session(connection)
+        await db_session(db)
 
 
 def _print(figures: dict[str, dict[str, dict[str, float]]]) -> None:

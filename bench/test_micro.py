@@ -1,10 +1,10 @@
-"""The cases of ``micro.py`` under pytest-benchmark, to compare runs and for CI.
+"""Run the cases of ``micro.py`` under pytest-benchmark, to compare two runs, or in CI.
 
     pytest bench/test_micro.py --benchmark-only --benchmark-json=FILE
     pytest bench/test_micro.py --benchmark-only --benchmark-autosave --benchmark-compare
 
-Each round repeats the operation 1,000 times: microseconds of a round are nanoseconds of an operation,
-loop included; ``micro.py`` gives them net.
+Each round repeats the operation 1,000 times: the microseconds of a round are the nanoseconds of one operation.
+The loop around the operation is included here; ``micro.py`` subtracts it.
 """
 
 from __future__ import annotations
