@@ -46,12 +46,9 @@ PARTS: dict[str, Callable[[bool], None]] = {
 def main() -> None:
     """Run the parts that the command line names."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument(
-        "parts", nargs="*", metavar="PART", help=f"default: all of {', '.join(PARTS)}; 'report' only writes the report"
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="fewer rounds, to test the programs; the figures are not reliable"
-    )
+    parts = f"default: all of {', '.join(PARTS)}; 'report' only writes the report"
+    parser.add_argument("parts", nargs="*", metavar="PART", help=parts)
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, to test the programs, not for figures")
     arguments = parser.parse_args()
     for part in arguments.parts:
         if part not in (*PARTS, "report"):

@@ -64,8 +64,8 @@ bursts.
 """
 
 FASTER_PEERS = """\
-Each line names a row, the library that is faster in that row, and the library's cost as a fraction of the cost of
-ctxalchemy.
+Each line names a row, the alternative that is faster in that row, and the alternative's cost as a fraction of the cost
+of ctxalchemy.
 """
 
 INSTRUCTIONS = """\
@@ -107,7 +107,7 @@ def _sections(runs: dict[str, Figures]) -> Iterator[str]:
     yield "## Targets\n"
     for interpreter, parts in runs.items():
         yield _targets_table(interpreter, parts)
-    yield f"## Rows in which another library is faster\n\n{FASTER_PEERS}"
+    yield f"## Rows in which another library or hand-written code is faster\n\n{FASTER_PEERS}"
     for interpreter, parts in runs.items():
         yield _faster_peers(interpreter, parts)
     if path := _chart(runs, "hit", "await db_session, hit: net nanoseconds", _hit):
@@ -115,9 +115,8 @@ def _sections(runs: dict[str, Figures]) -> Iterator[str]:
     for interpreter, parts in runs.items():
         if figures := _figures(parts, "micro"):
             yield f"### {interpreter}\n\n{_table('', figures, 1)}"
-    if path := _chart(
-        runs, "request", "request without a session: CPU microseconds above the bare application", _above
-    ):
+    title = "request without a session: CPU microseconds above the bare application"
+    if path := _chart(runs, "request", title, _above):
         yield f"## Requests in process\n\n{path}\n\n{REQUEST}"
     for interpreter, parts in runs.items():
         if figures := _figures(parts, "request"):

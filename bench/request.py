@@ -300,8 +300,8 @@ def run(quick: bool = False) -> None:
 
 def _measure(runner: asyncio.Runner, url: str, work: str, quick: bool) -> dict[str, dict[str, float]]:
     slow = work not in (NO_SESSION, UNUSED)
-    # Each repeat opens new connections: the server process behind one connection may run on a better core than that
-    # behind another for as long as the connection exists.
+    # Each repeat opens new connections: PostgreSQL serves each connection with a process of its own, and one process
+    # may run on a better core than another for as long as the connection exists.
     repeats = 1 if quick or not slow else 15
     rounds = 10 if quick else 20 if slow else 60
     samples: dict[str, list[Cost]] = {}
