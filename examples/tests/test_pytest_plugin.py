@@ -149,7 +149,7 @@ def test_db_connections_must_return_dbconnect_objects(pytester: pytest.Pytester,
     pytester.makepyfile("async def test_it(shared_session): ...")
     result = run(pytester, "-o", "asyncio_mode=auto")
     result.assert_outcomes(errors=1)
-    result.stdout.fnmatch_lines([f"*UsageError: the fixture db_connections has to return*it returned {named}"])
+    result.stdout.fnmatch_lines([f"*UsageError: the fixture db_connections must return*it returned {named}"])
     result.stdout.no_fnmatch_line("*it returned*secret*")
 
 
