@@ -1,4 +1,4 @@
-"""Each test that uses ``ctxalchemy`` runs on both backends; what needs PostgreSQL gets one of its own."""
+"""Fixtures for all tests: ``ctxalchemy`` on both backends, and a schema of the test's own on PostgreSQL."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SUBMODULES = ("starlette", "fastapi", "testing")
 
 
 def _load(backend: str) -> dict[str, ModuleType]:
-    """Import a copy of the whole package on this backend."""
+    """Import a copy of the whole package with this backend."""
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in sys.modules if name.partition(".")[0] == "ctxalchemy"]:
             patch.delitem(sys.modules, name)
@@ -35,17 +35,19 @@ def _load(backend: str) -> dict[str, ModuleType]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Put up with what others leave behind on interpreters without reference counts."""
+    """Ignore warnings that SQLAlchemy and psycopg cause on interpreters without reference counts."""
     if not HAS_REFERENCE_COUNTS:
-        # SQLAlchemy's registry of listeners takes them out as they die one by one, and here several die at once.
-        gone = "Exception ignored in. weakref callback . <function _collection_gced"
-        config.addinivalue_line("filterwarnings", f"ignore:{gone}:pytest.PytestUnraisableExceptionWarning")
-        # Whose opening was cancelled: psycopg leaves it to its finalizer, which complains in a later test.
+        # SQLAlchemy's registry of listeners expects that listeners are deleted one at a time; here the garbage
+        # collector deletes several at once.
+        unraisable = "Exception ignored in. weakref callback . <function _collection_gced"
+        config.addinivalue_line("filterwarnings", f"ignore:{unraisable}:pytest.PytestUnraisableExceptionWarning")
+        # If the opening of a connection is cancelled, psycopg leaves the connection to its finalizer, which warns
+        # during a later test.
         config.addinivalue_line("filterwarnings", "ignore:<psycopg.AsyncConnection:ResourceWarning")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip what cannot run with this interpreter, and say why."""
+    """Skip tests that cannot run with this interpreter, with the reason."""
     without_native = config.getoption("without_native", None)
     for item in items:
         if not isinstance(item, pytest.Function):
@@ -68,7 +70,7 @@ def packages(pytestconfig: pytest.Config) -> dict[str, dict[str, ModuleType]]:
 def ctxalchemy(
     request: pytest.FixtureRequest, packages: dict[str, dict[str, ModuleType]], monkeypatch: pytest.MonkeyPatch
 ) -> ModuleType:
-    """The package, loaded on the backend that the test's id names."""
+    """The package, loaded with the backend that the id of the test names."""
     modules = packages[request.param]
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
@@ -79,44 +81,44 @@ def ctxalchemy(
 
 @pytest.fixture(scope="session")
 def postgres_url() -> str:
-    """The URL of the PostgreSQL server to test on, with the driver to use: asyncpg, or psycopg."""
+    """The URL of the PostgreSQL server to test with.  It names the driver: asyncpg or psycopg."""
     url = os.environ.get("TEST_DATABASE_URL")
     if not url:
-        pytest.fail("TEST_DATABASE_URL is not set: 'make test' starts a throw-away PostgreSQL and sets it")
+        pytest.fail("TEST_DATABASE_URL is not set.  Run 'make test': it starts a temporary PostgreSQL and sets it.")
     return url
 
 
 @pytest.fixture
 async def schema(postgres_url: str) -> AsyncIterator[Schema]:
-    """A schema of its own on the server, with a table of notes; watched from a connection of its own."""
+    """A schema for this test on the server, with a table of notes and an observer on a connection of its own."""
     async with Schema.create(postgres_url) as schema:
         yield schema
 
 
 @pytest.fixture
 async def db(ctxalchemy: ModuleType, schema: Schema) -> AsyncIterator[Any]:
-    """A ``DBConnect`` to the database with a pool of one, which nobody may have left anything checked out of."""
+    """A database that uses ``schema``, with a pool of one connection, which must be checked in when the test ends."""
     async with watched(schema.db(ctxalchemy)) as db:
         yield db
 
 
 @pytest.fixture
 async def other_db(ctxalchemy: ModuleType, schema: Schema) -> AsyncIterator[Any]:
-    """A second connection, like the first, as if to another database."""
-    async with watched(schema.db(ctxalchemy)) as db:
-        yield db
+    """A second database like ``db``, with an engine and a pool of its own."""
+    async with watched(schema.db(ctxalchemy)) as other_db:
+        yield other_db
 
 
 @pytest.fixture
 async def third_db(ctxalchemy: ModuleType, schema: Schema) -> AsyncIterator[Any]:
-    """A third one."""
-    async with watched(schema.db(ctxalchemy)) as db:
-        yield db
+    """A third database like ``db``, with an engine and a pool of its own."""
+    async with watched(schema.db(ctxalchemy)) as third_db:
+        yield third_db
 
 
 @pytest.fixture(autouse=True)
-def no_context_outside(request: pytest.FixtureRequest) -> Iterator[None]:
-    """No test leaves a context behind in the main thread's outermost contextvars context."""
+def no_open_context_after_a_test(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Assert that no test leaves a context open in the outermost contextvars context of the main thread."""
     package = request.getfixturevalue("ctxalchemy") if "ctxalchemy" in request.fixturenames else None
     yield
     assert package is None or not package.is_context_initiated()

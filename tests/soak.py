@@ -1,8 +1,8 @@
-"""Random faults for as long as you like, on the server of TEST_DATABASE_URL.
+"""Send random requests with random faults for a given time, on the server of TEST_DATABASE_URL.
 
     python tests/soak.py [--minutes N] [--backend native|python] [--seed N]
 
-It ends with an error as soon as the ledger does not balance, and says the seed that replays it.
+The script fails as soon as the ledger does not balance.  The error contains the seed that replays the run.
 """
 
 from __future__ import annotations
@@ -23,19 +23,26 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 WARM_UP = 10
-"""After so many rounds, caches are full."""
+"""The number of rounds after which caches are full."""
 GROWTH = 1.05
+"""The factor by which the number of objects may grow after the warm-up."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Random faults for as long as you like.")
-    parser.add_argument("--minutes", type=float, default=1.0, help="how long, by default 1")
-    parser.add_argument("--backend", choices=("native", "python"), default="native", help="by default native")
-    parser.add_argument("--seed", type=int, default=SystemRandom().randrange(2**32), help="by default a random one")
+    parser = argparse.ArgumentParser(description="Send random requests with random faults, and check every write.")
+    parser.add_argument("--minutes", type=float, default=1.0, help="the duration; the default is 1")
+    parser.add_argument(
+        "--backend", choices=("native", "python"), default="native", help="the backend; the default is native"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=SystemRandom().randrange(2**32), help="the seed; the default is a random number"
+    )
     options = parser.parse_args()
     url = os.environ.get("TEST_DATABASE_URL")
     if not url:
-        sys.exit("TEST_DATABASE_URL is not set: 'make soak' starts a throw-away PostgreSQL and sets it")
+        sys.exit(
+            "TEST_DATABASE_URL is not set.  Run 'make soak': it starts a temporary PostgreSQL and sets the variable."
+        )
     os.environ["CTXALCHEMY_BACKEND"] = options.backend
     package = importlib.import_module("ctxalchemy")
     for name in ("starlette", "fastapi"):
@@ -47,21 +54,21 @@ def main() -> None:
 async def soak(package: ModuleType, url: str, seed: int, seconds: float) -> None:
     from support.soak import Soak
 
-    # There would be a warning for most of the faults.
+    # Most of the faults would log a warning.
     logging.disable(logging.CRITICAL)
-    # What asyncpg leaves unsaid when it is cut off, it would say to the log.
+    # asyncpg does not retrieve some exceptions of terminated connections; the event loop would log them.
     asyncio.get_running_loop().set_exception_handler(lambda *_: None)
     gc.disable()
-    started = told = monotonic()
+    started = reported = monotonic()
     memory: list[float] = []
     async with Soak.create(package, url, seed) as soak:
         while soak.rounds <= WARM_UP or monotonic() < started + seconds:
             await soak.round()
             memory.append(resident())
-            if monotonic() > told + 10:
-                told = monotonic()
+            if monotonic() > reported + 10:
+                reported = monotonic()
                 print(
-                    f"{told - started:6.0f} s: {soak.rounds} rounds, {soak.happened['requests']} requests, "
+                    f"{reported - started:6.0f} s: {soak.rounds} rounds, {soak.happened['requests']} requests, "
                     f"{soak.sizes[-1]} objects, {memory[-1]:.1f} MB",
                     flush=True,
                 )
@@ -70,12 +77,12 @@ async def soak(package: ModuleType, url: str, seed: int, seconds: float) -> None
     print(f"{soak.sizes[WARM_UP]:9} objects after {WARM_UP} rounds, {soak.sizes[-1]} after {soak.rounds}")
     print(f"{memory[WARM_UP]:9.1f} MB of memory after {WARM_UP} rounds, {memory[-1]:.1f} after {soak.rounds}")
     if soak.sizes[-1] > soak.sizes[WARM_UP] * GROWTH:
-        sys.exit("The number of objects grows.")
+        sys.exit("The number of objects has grown.")
     print("The ledger balances.")
 
 
 def resident() -> float:
-    """The memory that this process has in use, in MB; 0 where the system does not tell."""
+    """Return the memory that this process uses, in MB; 0 if the system has no ``/proc/self/statm``."""
     statm = Path("/proc/self/statm")
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20 if statm.exists() else 0.0
 

@@ -1,4 +1,4 @@
-"""What type checkers are to make of the package: this is checked, not run."""
+"""The types that type checkers must infer for the package.  This file is type-checked and never run."""
 
 from __future__ import annotations
 
@@ -85,14 +85,14 @@ async def sessions(db: DBConnect) -> None:
         assert_type(session, AsyncSession)
     async with new_non_ctx_atomic_session(db) as session:
         assert_type(session, AsyncSession)
-    for settle in (commit_db_session, rollback_db_session, close_db_session):
-        await settle(db)
-    for settle_all in (rollback_all_sessions, close_all_sessions):
-        await settle_all()
+    for complete_one in (commit_db_session, rollback_db_session, close_db_session):
+        await complete_one(db)
+    for complete_all in (rollback_all_sessions, close_all_sessions):
+        await complete_all()
     hook: BeforeCommitCallback = before_commit
     await commit_all_sessions(hook)
     await auto_commit_by_status_code(200, before_commit=hook)
-    await db_session("connection")  # type: ignore[arg-type]
+    await db_session("not a database")  # type: ignore[arg-type]
     atomic_db_session(db, "never")  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""The garbage collector sees through the store, and through what is awaited."""
+"""The garbage collector frees reference cycles through a context, through its token and through an awaitable."""
 
 from __future__ import annotations
 
@@ -13,38 +13,40 @@ from ctxalchemy._backend import SessionStore, open_context
 
 
 class Session:
-    store: Any
-    awaited: Any
+    context: Any
+    future: Any
+    task: Any
 
 
-def through_the_store(places: int) -> weakref.ref[Session]:
-    session, store = Session(), SessionStore()
-    databases = [ctxalchemy.DBConnect.from_url("sqlite+aiosqlite://") for _ in range(places)]
-    session.store = store
+def cycle_through_a_context(sessions: int) -> weakref.ref[Session]:
+    """Put a session into a context for this number of databases; the session refers to the context."""
+    session, context = Session(), SessionStore()
+    databases = [ctxalchemy.DBConnect.from_url("sqlite+aiosqlite://") for _ in range(sessions)]
+    session.context = context
     for db in databases:
-        store.put(db, session)  # type: ignore[arg-type]
+        context.put(db, session)  # type: ignore[arg-type]
     return weakref.ref(session)
 
 
-def through_the_token() -> weakref.ref[Session]:
-    """A context that nobody left."""
+def cycle_through_a_token() -> weakref.ref[Session]:
+    """Open a context that is never reset."""
     session = Session()
 
-    def enter_it() -> None:
-        session.store = open_context()
-        session.store.put(session, session)
+    def open_and_keep() -> None:
+        session.context = open_context()
+        session.context.put(session, session)
 
-    contextvars.Context().run(enter_it)
+    contextvars.Context().run(open_and_keep)
     return weakref.ref(session)
 
 
-async def through_the_awaitable() -> weakref.ref[Session]:
-    """A coroutine that waits for its first session to be made, and is forgotten."""
+async def cycle_through_an_awaitable() -> weakref.ref[Session]:
+    """Cancel a task that waits for its first session to be made; its handler refers to the task."""
     session = Session()
-    session.awaited = asyncio.get_running_loop().create_future()
+    session.future = asyncio.get_running_loop().create_future()
 
     async def handler(_: object) -> None:
-        await session.awaited
+        await session.future
 
     async def wait() -> None:
         async with ctxalchemy.new_ctx():
@@ -52,15 +54,20 @@ async def through_the_awaitable() -> weakref.ref[Session]:
                 ctxalchemy.DBConnect.from_url("sqlite+aiosqlite://", before_create_session_handler=handler)
             )
 
-    session.store = asyncio.create_task(wait())
+    session.task = asyncio.create_task(wait())
     await asyncio.sleep(0.01)
-    session.store.cancel()
-    await asyncio.wait([session.store])
+    session.task.cancel()
+    await asyncio.wait([session.task])
     return weakref.ref(session)
 
 
 if __name__ == "__main__":
     gc.disable()
-    alive = [through_the_store(1), through_the_store(5), through_the_token(), asyncio.run(through_the_awaitable())]
+    references = [
+        cycle_through_a_context(1),
+        cycle_through_a_context(5),
+        cycle_through_a_token(),
+        asyncio.run(cycle_through_an_awaitable()),
+    ]
     gc.collect()
-    assert [each() for each in alive] == [None] * 4, alive
+    assert [reference() for reference in references] == [None] * 4, references

@@ -1,4 +1,4 @@
-"""References and memory stay flat over many contexts and lookups.  The argument: how many."""
+"""Reference counts and memory do not grow over many contexts and lookups.  The argument is their number."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ SESSION = object()
 
 async def work(db: DBConnect, rounds: int) -> None:
     for _ in range(rounds):
-        store = open_context()
-        store.put(db, SESSION)  # type: ignore[arg-type]
+        context = open_context()
+        context.put(db, SESSION)  # type: ignore[arg-type]
         assert await db_session(db) is SESSION
         assert db_session_nowait(db) is SESSION
-        store.close()
-        reset_context(store)
+        context.close()
+        reset_context(context)
     async with new_ctx():
         session = await db_session(db)
         for _ in range(rounds):
@@ -40,7 +40,7 @@ async def main(rounds: int) -> None:
 
 
 def peak_memory() -> int:
-    """In bytes, of the whole process: Rust's is part of it."""
+    """Return the peak memory of the whole process in bytes, memory allocated by Rust included."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -1,4 +1,4 @@
-"""The interpreter exits quietly with contexts open and sessions in them, in tasks, threads and globals."""
+"""The interpreter exits without errors while contexts with sessions are open, in tasks, threads and globals."""
 
 from __future__ import annotations
 

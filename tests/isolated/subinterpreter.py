@@ -1,4 +1,7 @@
-"""In a subinterpreter, beside the main one: what loads, or the error.  The argument: CTXALCHEMY_BACKEND there."""
+"""Import the package in a subinterpreter, and print the loaded backend or the error.
+
+The argument is the value of CTXALCHEMY_BACKEND in the subinterpreter.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,12 @@ CODE = """
 import os, sys
 os.environ["CTXALCHEMY_BACKEND"] = {wanted!r}
 try:
-    # SQLAlchemy without its compiled parts, which do not load there either.
+    # Use SQLAlchemy without its compiled parts, which do not load in a subinterpreter either.
     os.environ["DISABLE_SQLALCHEMY_CEXT_RUNTIME"] = "1"
     import ctxalchemy
     print("loaded", ctxalchemy.BACKEND)
 except ImportError as error:
-    # What it began with: SQLAlchemy wraps what greenlet says.
+    # Print the original error: SQLAlchemy wraps the error of greenlet.
     print("ImportError:", error.__cause__ or error)
 sys.stdout.flush()
 """

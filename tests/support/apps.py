@@ -34,7 +34,7 @@ each_transport = pytest.mark.parametrize("transport", TRANSPORTS)
 
 @dataclass
 class Answer:
-    """What an endpoint answers with."""
+    """The response of an endpoint."""
 
     status: int = 200
     stream: AsyncIterator[bytes] | None = None
@@ -48,7 +48,7 @@ class Answer:
 
 
 def bare_app(endpoint: Callable[[], Awaitable[Answer]]) -> Any:
-    """The application in pure ASGI, without the middleware."""
+    """Build the application in pure ASGI, without the middleware."""
 
     async def app(_scope: Any, _receive: Any, send: Any) -> None:
         answer = await endpoint()
@@ -81,7 +81,7 @@ def fastapi_app(endpoint: Callable[[], Awaitable[Answer]]) -> FastAPI:
 
 
 def build(kind: Kind, ctxalchemy: ModuleType, endpoint: Callable[[], Awaitable[Answer]], **options: Any) -> Any:
-    """The application of this kind, with the middleware added as its users do."""
+    """Build the application of this kind, and add the middleware as users of the framework do."""
     if kind == "asgi":
         return ctxalchemy.ASGIHTTPDBSessionMiddleware(bare_app(endpoint), **options)
     if kind == "starlette":
@@ -95,7 +95,7 @@ def build(kind: Kind, ctxalchemy: ModuleType, endpoint: Callable[[], Awaitable[A
 
 @asynccontextmanager
 async def client_of(app: Any, transport: Transport = "in_process") -> AsyncIterator[httpx.AsyncClient]:
-    """A client that sees what the clients of a server see: of an error, only the status."""
+    """Yield a client that receives what clients of a real server receive: for an error, only the status."""
     if transport == "tcp":
         async with serve(app) as url, httpx.AsyncClient(base_url=url) as client:
             yield client
@@ -125,12 +125,12 @@ def http_scope() -> dict[str, Any]:
 async def call(
     app: Any, on_message: Callable[[Message], Awaitable[Any]] | None = None, scope: dict[str, Any] | None = None
 ) -> list[Message]:
-    """Call an application as a server does; an error it raises comes through.
+    """Call an application as a server does, and return the messages it sent.  Errors of the application propagate.
 
     Args:
         app: the application.
-        on_message: awaited with each message before it counts as sent.
-        scope: the scope, if not that of a GET of ``/``.
+        on_message: awaited with each message, before the message counts as sent.
+        scope: the scope; by default the scope of ``GET /``.
     """
     sent: list[Message] = []
 

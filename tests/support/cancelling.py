@@ -1,4 +1,4 @@
-"""Cancel what runs at a chosen one of the points at which it waits."""
+"""Cancel a request at each of the points at which it waits, one point per run."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from typing import Any, Literal, TypeAlias
 import anyio
 
 Waiting: TypeAlias = "asyncio.Future[Any] | None"
-"""What a task waits for; None where it only lets others go first."""
+"""The future that a task waits for; None if the task only yields to other tasks, as ``asyncio.sleep(0)`` does."""
 
 Manner = Literal["once", "late", "again", "scope", "everything", "thrown away"]
-"""How it is cancelled.
+"""How the request is cancelled.
 
-- ``once``: as it begins to wait.
-- ``late``: when what it waits for is there already, but the task has not gone on yet.
-- ``again``: as it begins to wait, and a second time while it cleans up.
-- ``scope``: by a cancel scope, that cancels it over and over until it is out.
-- ``everything``: as it begins to wait, and then all tasks that it is cleaning up with too: a server that
-  shuts down, or ``asyncio.run()`` at its end.
-- ``thrown away``: the coroutine is closed where it waits, and never gets to run again.
+- ``once``: when it begins to wait.
+- ``late``: when the future that it waits for is done, but its task has not been resumed yet.
+- ``again``: when it begins to wait, and a second time while it cleans up.
+- ``scope``: by a cancel scope, which cancels the task repeatedly until the task has left the scope.
+- ``everything``: when it begins to wait, and a second time together with all tasks that it uses to clean up.  A server
+  that shuts down does the same, and so does ``asyncio.run()`` at its end.
+- ``thrown away``: the coroutine is closed at the point where it waits, and never runs again.
 """
 
 
 class Run:
-    """One run of a request, cancelled at the n-th point at which one of its tasks waits.
+    """One run of a request, which is cancelled at the n-th point at which one of its tasks waits.
 
     Args:
-        manner: how it is cancelled.
-        point: the number of the point, from 1.
-        later: the number of the later point at which it is cancelled the second time, from 1.
+        manner: how the request is cancelled.
+        point: the number of the point; the first is 1.
+        later: how many points after ``point`` the request is cancelled a second time; 0 if it is cancelled once.
     """
 
     def __init__(self, manner: Manner, point: int, later: int = 0) -> None:
@@ -47,40 +47,40 @@ class Run:
         self.complaints: list[dict[str, Any]] = []
 
     async def drive(self, request: Callable[[], Coroutine[Any, Any, None]], patience: float = 10.0) -> None:
-        """Run the request in a task of its own; what it raised is in ``error`` then.
+        """Run the request in a task of its own, and store the error that it raised in ``error``.
 
         Args:
             request: makes the coroutine to run.
-            patience: how long it may take, in seconds.
+            patience: how long the request may take, in seconds.
         """
         loop = asyncio.get_running_loop()
         former = loop.get_task_factory(), loop.get_exception_handler()
-        loop.set_exception_handler(lambda _, what: self._complain(what))
+        loop.set_exception_handler(lambda _, context: self._record_complaint(context))
         loop.set_task_factory(self._make_task)  # type: ignore[arg-type]
         try:
             self._outermost = asyncio.Task(_Counted(self._run(request), self._waits))
             self._tasks[self._outermost] = None
             await asyncio.wait((self._outermost,), timeout=patience)
-            assert self._outermost.done(), "it hangs"
+            assert self._outermost.done(), "the request hangs"
             self.error = _error_of(self._outermost)
             if self._manner == "thrown away" and self.error is not None:
-                # Its traceback would keep the coroutine alive.
+                # The traceback of the error would keep the coroutine alive.
                 self.error = self.error.with_traceback(None)
                 self._tasks.pop(self._outermost)
                 self._outermost = None
-            # What it left behind may take a moment too.
-            left = [task for task in self._tasks if not task.done()]
-            if left:
-                await asyncio.wait(left, timeout=patience)
-            assert all(task.done() for task in self._tasks), "something is left of it"
+            # Tasks that outlive the request may need a moment to end.
+            running = [task for task in self._tasks if not task.done()]
+            if running:
+                await asyncio.wait(running, timeout=patience)
+            assert all(task.done() for task in self._tasks), "tasks of the request are still running"
         finally:
             loop.set_task_factory(former[0])
             loop.set_exception_handler(former[1])
 
-    def _complain(self, what: dict[str, Any]) -> None:
-        # asyncpg says this to nobody where it is cancelled while it asks the server for TLS.
-        if str(what.get("exception")) != "unexpected connection_lost() call":
-            self.complaints.append(what)
+    def _record_complaint(self, context: dict[str, Any]) -> None:
+        # asyncpg never retrieves this exception if it is cancelled while it requests TLS from the server.
+        if str(context.get("exception")) != "unexpected connection_lost() call":
+            self.complaints.append(context)
 
     async def _run(self, request: Callable[[], Coroutine[Any, Any, None]]) -> None:
         if self._manner == "scope":
@@ -94,17 +94,17 @@ class Run:
     def _make_task(
         self, loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, Any], **options: Any
     ) -> asyncio.Task[Any]:
-        """Make a task; if this is one of ours that does it, the new one is too."""
-        ours = asyncio.current_task(loop) in self._tasks
+        """Make a task.  If a task of this run makes it, the new task belongs to this run as well."""
+        belongs_to_run = asyncio.current_task(loop) in self._tasks
         task: asyncio.Task[Any] = asyncio.Task(
-            _Counted(coroutine, self._waits) if ours else coroutine, loop=loop, **options
+            _Counted(coroutine, self._waits) if belongs_to_run else coroutine, loop=loop, **options
         )
-        if ours:
+        if belongs_to_run:
             self._tasks[task] = None
         return task
 
     def _waits(self, waiting: Waiting) -> bool:
-        """Count a point, and strike if it is the one; return whether the coroutine is to be thrown away."""
+        """Count a point, and cancel the request at the chosen point; return whether to close the coroutine."""
         if self._manner == "thrown away" and asyncio.current_task() is not self._outermost:
             return False
         self.points += 1
@@ -133,7 +133,7 @@ class Run:
 
 
 class _Counted(Coroutine[Any, Any, Any]):
-    """A coroutine that tells each time that it waits."""
+    """A coroutine that calls ``waits`` each time it waits."""
 
     def __init__(self, coroutine: Coroutine[Any, Any, Any], waits: Callable[[Waiting], bool]) -> None:
         self._coroutine = coroutine
@@ -177,14 +177,17 @@ async def sweep(
     before: Callable[[], Awaitable[None]] | None = None,
     step: int = 1,
 ) -> int:
-    """Cancel the request at its first point, its second, and so on, until it runs through; return how many had it.
+    """Cancel the request at its first point, then at its second, and so on, until a run is not cancelled.
 
     Args:
-        manner: how it is cancelled.
+        manner: how the request is cancelled.
         request: makes the coroutine to run.
         check: awaited after each run.
         before: awaited before each run.
-        step: where it is cancelled twice, by how many points the second cancellation moves on each time.
+        step: if the request is cancelled twice, by how many points the second cancellation moves from run to run.
+
+    Returns:
+        The number of points that the request has.
     """
     point = 0
     while True:

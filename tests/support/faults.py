@@ -1,4 +1,4 @@
-"""What must be true after every fault, and ways to cause faults on a real server."""
+"""Assertions that hold after every fault, and ways to cause faults on a real server."""
 
 from __future__ import annotations
 
@@ -31,30 +31,30 @@ if TYPE_CHECKING:
 
 
 class Observed(Protocol):
-    """A database that an observer watches."""
+    """A schema or database file whose content an observer reads on a connection of its own."""
 
     async def notes(self) -> list[str]:
-        """The notes that are committed."""
+        """Return the committed notes."""
         ...
 
     async def settled(self) -> bool:
-        """Whether nobody is in a transaction, soon."""
+        """Wait a short time until no transaction is open; return whether none is."""
         ...
 
 
 async def assert_whole(
     ctxalchemy: ModuleType, schema: Observed, *databases: Any, notes: list[str], in_context: bool = False
 ) -> None:
-    """Nothing is left of the fault: not in the context, the pools, the server; the next requests succeed.
+    """Assert that the fault has left nothing in the context, the pools and the server, and that requests succeed.
 
     Args:
         ctxalchemy: the package.
-        database: the database.
-        connections: all ``DBConnect`` that were used.
-        notes: what must be committed.
-        in_context: an open context was current before the fault.
+        schema: the schema that the databases use.
+        databases: all databases that were used.
+        notes: the notes that must be committed.
+        in_context: whether an open context was current before the fault.
     """
-    assert not gc.isenabled(), "the garbage collector may not help"
+    assert not gc.isenabled(), "the garbage collector must be disabled: it could hide a leak"
     assert ctxalchemy.is_context_initiated() is in_context
     assert [await checked_out(db) for db in databases] == [0] * len(databases)
     assert await schema.settled()
@@ -65,7 +65,7 @@ async def assert_whole(
 
 
 async def assert_serves(ctxalchemy: ModuleType, *databases: Any) -> None:
-    """The next three requests on each connection, with its pool of one, succeed.  They leave notes."""
+    """Assert that the next three requests on each database succeed.  Each request adds a note."""
     for number in range(3 * len(databases)):
         db = databases[number // 3]
 
@@ -83,13 +83,13 @@ async def assert_serves(ctxalchemy: ModuleType, *databases: Any) -> None:
 
 
 class Witness:
-    """Stands where the server is, outside an application with the middleware, and sees what the server sees.
+    """An outermost ASGI layer, around an application with the middleware: it records what the server receives.
 
     Args:
         ctxalchemy: the package.
         app: the application.
-        connections: all ``DBConnect`` that it uses: none may have anything checked out when it returns.
-        on_start: awaited when the start of a response comes by.
+        databases: all databases that the application uses: none may have a connection checked out when it returns.
+        on_start: awaited with the start of each response, before the server receives it.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class Witness:
 
     @property
     def statuses(self) -> list[int]:
-        """The status of each response that was started, whoever answered."""
+        """The status of each response that was started, by the application or by an error middleware."""
         return [message["status"] for message in self.sent if message["type"] == "http.response.start"]
 
     @property
@@ -143,7 +143,7 @@ class Witness:
         return b"".join(message.get("body", b"") for message in self.sent)
 
     async def errors(self) -> list[BaseException | None]:
-        """What each request raised, once all have returned; nothing may be left over of any."""
+        """Wait until all requests have returned, assert that they left nothing over, and return their errors."""
 
         async def all_returned() -> bool:
             return not self._under_way
@@ -153,14 +153,14 @@ class Witness:
         return self._errors
 
     async def error(self) -> BaseException | None:
-        """What the only request raised."""
+        """Return the error of the only request."""
         (error,) = await self.errors()
         return error
 
 
 @asynccontextmanager
 async def serve(app: Any) -> AsyncIterator[str]:
-    """Serve with uvicorn over TCP, as ``server.serve`` does, but stop without its waits of tenths of a second."""
+    """Serve with uvicorn over TCP, like ``server.serve``, but without uvicorn's waits of 0.1 seconds when it stops."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     config = uvicorn.Config(app, log_level="critical", lifespan="off")
@@ -181,15 +181,15 @@ async def serve(app: Any) -> AsyncIterator[str]:
         for each in server.servers:
             each.close()
         assert await eventually(all_returned)
-        for db in list(server.server_state.connections):
-            db.transport.close()
+        for connection in list(server.server_state.connections):
+            connection.transport.close()
         assert await eventually(all_closed)
         listener.close()
 
 
 @asynccontextmanager
 async def client_of(app: Any, transport: Transport = "in_process") -> AsyncIterator[httpx.AsyncClient]:
-    """A client that sees what the clients of a server see: of an error, only the status."""
+    """Yield a client that receives what clients of a real server receive: for an error, only the status."""
     if transport == "in_process":
         async with client_in_process(app) as client:
             yield client
@@ -199,10 +199,10 @@ async def client_of(app: Any, transport: Transport = "in_process") -> AsyncItera
 
 
 class CommitGate:
-    """Holds each COMMIT on the server whose transaction wrote a note that begins with ``slow``.
+    """Delays, on the server, each COMMIT whose transaction has written a note that begins with ``slow``.
 
-    A deferred constraint trigger waits for a lock that the gate has until it is opened, on a connection of
-    its own: what it held back goes on at once, and may ask the observer while the gate is still opening.
+    A deferred constraint trigger waits for a lock, which the gate owns until it is opened.  The gate takes the lock on
+    a connection of its own, so a delayed task may use the observer as soon as the lock is released.
     """
 
     def __init__(self, schema: Schema, holder: Observer) -> None:
@@ -227,15 +227,15 @@ class CommitGate:
             await holder.close()
 
     async def reached(self) -> None:
-        """Wait until a COMMIT is held."""
+        """Wait until a COMMIT is delayed."""
 
         async def waits() -> bool:
             return await self.held() > 0
 
-        assert await eventually(waits), "no COMMIT came"
+        assert await eventually(waits), "no COMMIT arrived at the gate"
 
     async def held(self) -> int:
-        """How many are held."""
+        """Return how many COMMITs are delayed."""
         count: int = await self._schema.observer.fetchval(
             "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE $1 AND wait_event = 'advisory'"
             " AND query ILIKE 'commit%'",
@@ -248,7 +248,7 @@ class CommitGate:
 
 
 class Wire:
-    """The way to the server, as a proxy that can hold back what it carries.
+    """A TCP proxy in front of the server, which can hold back what clients send.
 
     Args:
         server_url: the URL of the server.
@@ -279,21 +279,21 @@ class Wire:
             await asyncio.gather(*wire._tasks, return_exceptions=True)
 
     def url(self, url: str) -> str:
-        """This URL of the server, by way of the proxy."""
+        """Return this URL of the server with the host and port of the proxy."""
         return make_url(url).set(host="127.0.0.1", port=self.port).render_as_string(hide_password=False)
 
     def hold(self, pattern: bytes) -> None:
-        """Hold back the first request from now on that contains this, and all that comes after it."""
+        """Hold back the next data from a client that contains this pattern, and all data after it."""
         self._pattern = pattern
         self._held.clear()
         self._free.clear()
 
     async def held(self) -> None:
-        """Wait until something is held back."""
+        """Wait until data is held back."""
         await asyncio.wait_for(self._held.wait(), 5)
 
     def release(self) -> None:
-        """Let it all through."""
+        """Pass all data on."""
         self._pattern = None
         self._free.set()
 
@@ -331,18 +331,18 @@ class Wire:
 
 
 def over_psycopg(schema: Schema) -> Schema:
-    """The same database, for connections over psycopg."""
+    """Return the same schema with a URL for psycopg."""
     url = make_url(schema.url).set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
     return type(schema)(url, schema.name, schema.observer)
 
 
 def psycopg_db(ctxalchemy: ModuleType, schema: Schema, **options: Any) -> Any:
-    """A ``DBConnect`` to the database over psycopg, with a pool of one."""
+    """Return a database that uses this schema over psycopg, with a pool of one connection."""
     return over_psycopg(schema).db(ctxalchemy, **options)
 
 
 class SQLiteFile:
-    """A database in a file, with the tables of ``Database``, read by an observer on a connection of its own."""
+    """An SQLite file with the tables of ``Schema``, and an observer that reads it on a connection of its own."""
 
     def __init__(self, path: Path) -> None:
         self.url = f"sqlite+aiosqlite:///{path}"
@@ -350,16 +350,16 @@ class SQLiteFile:
 
     @classmethod
     async def create(cls, path: Path) -> SQLiteFile:
-        schema = cls(path)
+        file = cls(path)
         await asyncio.to_thread(
-            schema._run,
+            file._run,
             "CREATE TABLE note (name text PRIMARY KEY);"
             "CREATE TABLE child (note text REFERENCES note DEFERRABLE INITIALLY DEFERRED);",
         )
-        return schema
+        return file
 
     def db(self, ctxalchemy: ModuleType, **options: Any) -> Any:
-        """A ``DBConnect`` to it over aiosqlite, with a pool of one."""
+        """Return a database that uses this file over aiosqlite, with a pool of one connection."""
         return ctxalchemy.DBConnect.from_url(
             self.url, **({"pool_size": 1, "max_overflow": 0, "pool_timeout": 5} | options)
         )
@@ -368,7 +368,7 @@ class SQLiteFile:
         return await asyncio.to_thread(self._run)
 
     async def settled(self) -> bool:
-        """Whether a writer gets in, soon: nobody else is in a transaction that writes."""
+        """Wait a short time for an exclusive lock; return whether it was available, so no transaction writes."""
         import sqlite3
 
         try:
@@ -380,16 +380,16 @@ class SQLiteFile:
     def _run(self, script: str = "") -> list[str]:
         import sqlite3
 
-        db = sqlite3.connect(self._path, timeout=5)
+        connection = sqlite3.connect(self._path, timeout=5)
         try:
-            db.executescript(script)
-            return [name for (name,) in db.execute("SELECT name FROM note ORDER BY name")]
+            connection.executescript(script)
+            return [name for (name,) in connection.execute("SELECT name FROM note ORDER BY name")]
         finally:
-            db.close()
+            connection.close()
 
 
 async def pids(schema: Schema) -> set[int]:
-    """The server's processes that serve this database's users."""
+    """Return the process ids of the server processes that serve connections to this schema."""
     rows = await schema.observer.fetch(
         "SELECT pid FROM pg_stat_activity WHERE application_name LIKE $1", f"{schema.name}%"
     )
@@ -397,7 +397,7 @@ async def pids(schema: Schema) -> set[int]:
 
 
 def db_with(ctxalchemy: ModuleType, schema: Schema, session_class: type[Any], **options: Any) -> Any:
-    """A ``DBConnect`` to the database whose sessions are of this class, with a journal in their ``info``."""
+    """Return a database that uses this schema with sessions of this class; their ``info`` contains a journal."""
     plain = schema.db(ctxalchemy, **options)
     return ctxalchemy.DBConnect(
         plain.engine_creator, maker_creator(class_=session_class, info={"journal": []}), plain.host
@@ -405,7 +405,7 @@ def db_with(ctxalchemy: ModuleType, schema: Schema, session_class: type[Any], **
 
 
 async def sleeping(schema: Schema) -> bool:
-    """Whether the server is in the middle of a statement for a user of this database: in ``pg_sleep``, or in line."""
+    """Return whether a statement on this schema is executing ``pg_sleep`` or waiting for a lock."""
     return bool(
         await schema.observer.fetchval(
             "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE $1 AND state = 'active'"

@@ -1,4 +1,4 @@
-"""A database for a test, and what an observer on a connection of its own sees of it."""
+"""A schema on the server for one test, and an observer that reads the schema on a connection of its own."""
 
 from __future__ import annotations
 
@@ -20,19 +20,17 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
 
 
-needs_asyncpg = pytest.mark.skipif(
-    find_spec("asyncpg") is None, reason="without asyncpg: it is not installed for this interpreter"
-)
+needs_asyncpg = pytest.mark.skipif(find_spec("asyncpg") is None, reason="asyncpg is not installed for this interpreter")
 
 
 class Observer:
-    """A connection to the server over psycopg, which runs on every interpreter; see ``connect``."""
+    """A connection to the server over psycopg, which runs on every interpreter.  ``connect`` makes one."""
 
-    def __init__(self, db: psycopg.AsyncConnection[DictRow]) -> None:
-        self._connection = db
+    def __init__(self, connection: psycopg.AsyncConnection[DictRow]) -> None:
+        self._connection = connection
 
     async def execute(self, statement: str, *arguments: object) -> None:
-        """Run a statement, or several where there are no arguments."""
+        """Execute a statement, or several statements if there are no arguments."""
         await self._run(statement, arguments)
 
     async def fetch(self, statement: str, *arguments: object) -> list[DictRow]:
@@ -51,10 +49,10 @@ class Observer:
 
 
 class Schema:
-    """A schema of its own, known to the server by the ``application_name`` of those who use it.
+    """A schema for one test.  The ``application_name`` of each connection to it begins with the name of the schema.
 
-    It has the table ``note (name text unique)`` and, for commits that fail, ``child (note text)``
-    with a deferred foreign key to it.
+    It has the table ``note (name text unique)`` and, for commits that fail, the table ``child (note text)``, which has
+    a deferred foreign key to ``note``.
     """
 
     def __init__(self, url: str, name: str, observer: Observer) -> None:
@@ -82,7 +80,7 @@ class Schema:
             await observer.close()
 
     def db(self, ctxalchemy: ModuleType, *, suffix: str = "", **options: Any) -> Any:
-        """A ``DBConnect`` to it.  By default its pool has one connection, and no patience."""
+        """Return a database that uses this schema, by default with a pool of one connection and a short timeout."""
         defaults: dict[str, Any] = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 5}
         handler = options.pop("before_create_session_handler", None)
         return ctxalchemy.DBConnect.from_url(
@@ -93,25 +91,25 @@ class Schema:
         )
 
     def connect_args(self, suffix: str = "") -> dict[str, Any]:
-        """What tells the driver which schema it is, and the server who uses it."""
+        """Return the driver arguments that select this schema and set the ``application_name``."""
         application = self.name + suffix
         if make_url(self.url).get_driver_name() == "psycopg":
             return {"options": f"-csearch_path={self.name}", "application_name": application}
         return {"server_settings": {"search_path": self.name, "application_name": application}}
 
     async def notes(self) -> list[str]:
-        """The notes that are committed."""
+        """Return the committed notes."""
         return [row["name"] for row in await self.observer.fetch("SELECT name FROM note ORDER BY name")]
 
     async def backends(self, suffix: str = "%") -> list[str]:
-        """The states of the server's processes that serve this database's users."""
+        """Return the states of the server processes that serve connections to this schema."""
         rows = await self.observer.fetch(
             "SELECT state FROM pg_stat_activity WHERE application_name LIKE $1", self.name + suffix
         )
         return [row["state"] for row in rows]
 
     async def activity(self) -> list[str]:
-        """What the server's processes are at that serve this database's users, for a message."""
+        """Describe, for a message, what the server processes for this schema are doing."""
         rows = await self.observer.fetch(
             "SELECT pid, state, wait_event, now() - state_change AS since, query FROM pg_stat_activity"
             " WHERE application_name LIKE $1",
@@ -120,7 +118,7 @@ class Schema:
         return [" ".join(map(str, row.values())) for row in rows]
 
     async def terminate(self, state: str = "%") -> int:
-        """Terminate the server's processes that are in this state; return how many."""
+        """Terminate the server processes for this schema that are in this state; return their number."""
         rows = await self.observer.fetch(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE $1 AND state LIKE $2",
             f"{self.name}%",
@@ -129,7 +127,10 @@ class Schema:
         return len(rows)
 
     async def settled(self, patience: float = 5.0) -> bool:
-        """Whether no process is in a transaction, soon: a socket that was cut is noticed with a delay."""
+        """Wait until no server process is in a transaction; return whether none is.
+
+        The server detects a terminated connection only after a delay.
+        """
         deadline = asyncio.get_running_loop().time() + patience
         while any(state != "idle" for state in await self.backends()):
             if asyncio.get_running_loop().time() > deadline:
@@ -139,7 +140,7 @@ class Schema:
 
 
 async def connect(server_url: str, **settings: str) -> Observer:
-    """A connection to the server, without SQLAlchemy."""
+    """Connect an observer to the server, without SQLAlchemy."""
     dsn = make_url(server_url).set(drivername="postgresql").render_as_string(hide_password=False)
     options = " ".join(f"-c{name}={value}" for name, value in settings.items())
     return Observer(await psycopg.AsyncConnection[DictRow].connect(dsn, autocommit=True, options=options))
@@ -155,7 +156,7 @@ async def add_note_and_fail(session: AsyncSession, name: str, error: Exception) 
 
 
 async def break_commit(session: AsyncSession) -> None:
-    """Do what is only found to be wrong at COMMIT: a deferred constraint is violated."""
+    """Violate a deferred constraint: only COMMIT raises the error."""
     await session.execute(text("INSERT INTO child VALUES ('no such note')"))
 
 
@@ -164,7 +165,7 @@ async def count_notes(session: AsyncSession) -> int:
 
 
 async def pool_of(db: Any) -> Any:
-    """The pool of the connection's engine on the running loop."""
+    """Return the pool of the engine that the database uses on the running event loop."""
     return (await db.session_maker()).kw["bind"].pool
 
 
@@ -174,7 +175,7 @@ async def checked_out(db: Any) -> int:
 
 @asynccontextmanager
 async def watched(db: Any) -> AsyncIterator[Any]:
-    """Close the connection at the end, when nothing may be checked out of its pool any more."""
+    """Assert at the end of the block that no connection of the database is checked out, and close the database."""
     try:
         yield db
         assert await checked_out(db) == 0

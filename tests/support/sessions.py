@@ -1,4 +1,4 @@
-"""Sessions that keep a journal: real ones, overridden ones, and doubles."""
+"""Sessions that keep a journal: SQLAlchemy's own, subclasses of them, and test doubles."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 Journal = list[tuple[str, str]]
-"""What happened to which session, in this order."""
+"""Pairs of an event and the name of its session, in the order in which they happened."""
 
 
 class Base(DeclarativeBase):
@@ -20,7 +20,7 @@ class Base(DeclarativeBase):
 
 
 class Note(Base):
-    """A row of ``Database``'s table, for what only the unit of work can show."""
+    """A row of the table ``note`` of ``Schema``, for tests of the unit of work."""
 
     __tablename__ = "note"
 
@@ -28,17 +28,17 @@ class Note(Base):
 
 
 def keep_journal(journal: Journal, name: str, session: AsyncSession) -> None:
-    """Write down when SQLAlchemy itself flushes, commits and rolls back this session."""
+    """Add an entry to the journal each time SQLAlchemy flushes, commits or rolls back this session."""
 
     def write(what: str) -> Callable[..., None]:
         return lambda *_: journal.append((what, name))
 
-    for happening, what in (("after_flush", "flush"), ("after_commit", "commit"), ("after_rollback", "rollback")):
-        event.listen(session.sync_session, happening, write(what))
+    for event_name, what in (("after_flush", "flush"), ("after_commit", "commit"), ("after_rollback", "rollback")):
+        event.listen(session.sync_session, event_name, write(what))
 
 
 class OverriddenSession(AsyncSession):
-    """A subclass of the kind that users write: it overrides how a session ends."""
+    """A subclass as users write it: it overrides ``commit``, ``rollback`` and ``close``."""
 
     async def commit(self) -> None:
         self.info["journal"].append(("commit", "overridden"))
@@ -54,7 +54,7 @@ class OverriddenSession(AsyncSession):
 
 
 class ClosingSession(Session):
-    """A session that says when it is made and when it is closed, by whichever way."""
+    """A session that adds an entry to its journal when it is made and each time it is closed."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -66,7 +66,7 @@ class ClosingSession(Session):
 
 
 def maker_creator(**options: Any) -> Callable[[AsyncEngine], async_sessionmaker[Any]]:
-    """A ``session_maker_creator`` with these options for the session maker."""
+    """Return a ``session_maker_creator`` whose session makers have these options."""
 
     def create(engine: AsyncEngine) -> async_sessionmaker[Any]:
         return async_sessionmaker(engine, expire_on_commit=False, **options)
@@ -75,12 +75,12 @@ def maker_creator(**options: Any) -> Callable[[AsyncEngine], async_sessionmaker[
 
 
 class SessionDouble:
-    """What a user's test puts into a context: an object with a session's public methods, and no other.
+    """A test double that a user may put into a context: it has only public methods of a session.
 
     Args:
-        journal: what happens to it is written here.
-        name: its name there.
-        failures: what the method of that name raises.
+        journal: receives an entry for each call.
+        name: the name of the double in the journal.
+        failures: for each method name, the error that the method raises.
     """
 
     def __init__(self, journal: Journal, name: str = "double", **failures: Exception) -> None:

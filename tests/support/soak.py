@@ -1,4 +1,4 @@
-"""Requests of random shape with random faults, and the ledger that must balance after them."""
+"""Requests of random shape with random faults, and a ledger of their writes that must balance after each round."""
 
 from __future__ import annotations
 
@@ -30,16 +30,17 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
 
 REQUESTS = 120
-"""How many requests a round has."""
+"""The number of requests in a round."""
 AT_ONCE = 20
-"""How many of them are under way at the same time."""
+"""The number of concurrent requests."""
 POOL: dict[str, Any] = {"pool_size": 10, "max_overflow": 50, "pool_timeout": 20}
-"""One may use three of a pool at once: itself, the request it makes in process, and the task that outlives it."""
+"""A request may use three connections of a pool at once: its own, that of the nested request that it makes in process,
+and that of the task that outlives it."""
 
 
 @dataclass
 class Plan:
-    """A request: what it is to do, and what became of it."""
+    """A request: what it does, and its outcome."""
 
     number: int
     kind: Kind
@@ -52,17 +53,20 @@ class Plan:
     gathers: bool
     after: str
     late: str
-    cut_off_after: float | None
+    disconnect_after: float | None
     inner: Plan | None = None
 
     attempted: dict[int, list[str]] = field(default_factory=dict)
-    """What it wrote on each database before the start of its response."""
+    """The notes that it wrote on each database before the start of its response."""
     must: set[str] = field(default_factory=set)
+    """Notes written after the start of the response that must be committed."""
     may: set[str] = field(default_factory=set)
+    """Notes written after the start of the response that may be committed."""
     committing: bool = False
     status: int | None = None
     error: BaseException | None = None
     wrong: list[str] = field(default_factory=list)
+    """Descriptions of what went wrong in this request."""
 
     @classmethod
     def draw(cls, random: Random, number: int, *, inner: bool = False) -> Plan:
@@ -77,8 +81,8 @@ class Plan:
             idle=random.choice([0, 0, 0.001, 0.005]),
             gathers=random.random() < 0.2,
             after=random.choice(["", "", "stream", "broken stream", "background", "broken background", "at the end"]),
-            late=random.choice(["", "", "", "in a new context", "in the closed one", "in the same session"]),
-            cut_off_after=random.uniform(0, 0.06) if random.random() < 0.35 else None,
+            late=random.choice(["", "", "", "in a new context", "in the closed context", "in the same session"]),
+            disconnect_after=random.uniform(0, 0.06) if random.random() < 0.35 else None,
         )
         if not inner and random.random() < 0.15:
             plan.inner = cls.draw(random, number + REQUESTS, inner=True)
@@ -93,8 +97,8 @@ class Soak:
 
     Args:
         ctxalchemy: the package.
-        database: the database.
-        seed: what all random decisions follow from.  What happens when, the seed does not decide.
+        schema: the schema that the requests write to.
+        seed: determines all random decisions, but not the timing.
     """
 
     def __init__(self, ctxalchemy: ModuleType, schema: Schema, seed: int) -> None:
@@ -105,14 +109,14 @@ class Soak:
         self._ctxalchemy = ctxalchemy
         self._backend = sys.modules.get("ctxalchemy._backend") or ctxalchemy._backend
         self._schema = schema
-        # Not over psycopg: interrupted in its own clean-up, it closes a socket that the event loop still watches,
-        # and whoever gets that file descriptor next, such as a client in this process, fails.
+        # Not over psycopg: if psycopg is interrupted during its own clean-up, it closes a socket that the event loop
+        # still watches.  The next user of the same file descriptor, such as a client in this process, then fails.
         self._databases = (schema.db(ctxalchemy, **POOL), schema.db(ctxalchemy, **POOL))
         self._plan: ContextVar[Plan] = ContextVar("plan")
         self._plans: dict[int, Plan] = {}
         self._apps = {kind: build(kind, ctxalchemy, self._endpoint, before_commit=self._hook) for kind in KINDS}
         self._late: set[asyncio.Task[None]] = set()
-        self._stores: list[weakref.ref[Any]] = []
+        self._contexts: list[weakref.ref[Any]] = []
         self._sessions: list[weakref.ref[AsyncSession]] = []
         self._port = 0
 
@@ -128,7 +132,7 @@ class Soak:
                 await db.close()
 
     async def round(self) -> None:
-        """Run a round, and balance the ledger."""
+        """Run a round, and assert that the ledger balances."""
         self.rounds += 1
         random = Random(f"{self.seed} {self.rounds}")
         plans = [Plan.draw(random, number) for number in range(REQUESTS)]
@@ -140,23 +144,23 @@ class Soak:
             async with turns:
                 await (self._run_over_tcp(plan) if plan.over_tcp else self._run_in_process(plan))
 
-        vandal = asyncio.create_task(self._terminate_now_and_then(random))
+        terminating = asyncio.create_task(self._terminate_at_random_times(random))
         try:
             async with asyncio.timeout(60):
                 await asyncio.gather(*map(run, plans))
         finally:
-            vandal.cancel()
-            await asyncio.gather(vandal, return_exceptions=True)
+            terminating.cancel()
+            await asyncio.gather(terminating, return_exceptions=True)
         await self._balance()
 
-    # --- the client's side ---------------------------------------------------------------------------
+    # --- clients -------------------------------------------------------------------------------------
 
     async def _run_over_tcp(self, plan: Plan) -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
         writer.write(f"GET /?{plan.number} HTTP/1.1\r\nHost: soak\r\nConnection: close\r\n\r\n".encode())
         answer = b""
         try:
-            async with asyncio.timeout(plan.cut_off_after):
+            async with asyncio.timeout(plan.disconnect_after):
                 answer = await reader.read()
         except TimeoutError:
             self.happened["cut off over TCP"] += 1
@@ -167,14 +171,14 @@ class Soak:
             writer.close()
             with contextlib.suppress(ConnectionError):
                 await writer.wait_closed()
-        if plan.cut_off_after is None and plan.status is None and plan.error is None:
-            plan.wrong.append("it never came to the application")
+        if plan.disconnect_after is None and plan.status is None and plan.error is None:
+            plan.wrong.append("the application never received the request")
         if answer.startswith(b"HTTP/1.1 2") and plan.status != 200:
-            plan.wrong.append(f"the client saw a success, and the server's side {plan.status}")
+            plan.wrong.append(f"the client received a success, but the application sent {plan.status}")
 
     async def _run_in_process(self, plan: Plan) -> None:
         task = asyncio.create_task(call(self._app, scope=self._scope(plan)))
-        done, _ = await asyncio.wait((task,), timeout=plan.cut_off_after)
+        done, _ = await asyncio.wait((task,), timeout=plan.disconnect_after)
         if not done:
             task.cancel()
             if plan.number % 2:
@@ -183,31 +187,31 @@ class Soak:
             self.happened["cancelled in process"] += 1
             await asyncio.wait((task,))
             if not task.cancelled():
-                # It was over at the same moment, or else this is what the cancellation became.
+                # Either the request ended at the same moment, or the cancellation was replaced by another error.
                 error = task.exception()
                 if error is not None and error is not plan.error:
-                    plan.wrong.append(f"the cancellation became {error!r}")
+                    plan.wrong.append(f"the cancellation was replaced by {error!r}")
         with contextlib.suppress(Exception, asyncio.CancelledError):
             task.result()
 
     def _scope(self, plan: Plan) -> dict[str, Any]:
         return {**http_scope(), "query_string": str(plan.number).encode()}
 
-    async def _terminate_now_and_then(self, random: Random) -> None:
+    async def _terminate_at_random_times(self, random: Random) -> None:
         while True:
             await asyncio.sleep(random.uniform(0.01, 0.08))
-            ended = await self._schema.observer.fetch(
+            terminated = await self._schema.observer.fetch(
                 "SELECT pg_terminate_backend(pid) FROM (SELECT pid FROM pg_stat_activity "
                 "WHERE application_name LIKE $1 ORDER BY md5(pid::text || $2) LIMIT 1) AS one",
                 f"{self._schema.name}%",
                 str(random.random()),
             )
-            self.happened["terminated by the server"] += len(ended)
+            self.happened["terminated by the server"] += len(terminated)
 
-    # --- the server's side ---------------------------------------------------------------------------
+    # --- the application -----------------------------------------------------------------------------
 
     async def _app(self, scope: Any, receive: Any, send: Any) -> None:
-        """What stands outside the middleware, and sees what the server sees."""
+        """The outermost ASGI layer, around the middleware: it records what the server receives."""
         plan = self._plans[int(scope["query_string"])]
         outer = self._backend.current_context()
         token = self._plan.set(plan)
@@ -225,7 +229,7 @@ class Soak:
         finally:
             self._plan.reset(token)
             if self._backend.current_context() is not outer:
-                plan.wrong.append("the context is another one than before")
+                plan.wrong.append("the context after the request is not the context before it")
 
     async def _hook(self, _session: AsyncSession) -> None:
         self._plan.get().committing = True
@@ -233,17 +237,17 @@ class Soak:
     async def _endpoint(self) -> Answer:
         plan = self._plan.get()
         package = self._ctxalchemy
-        self._stores.append(weakref.ref(self._backend.current_context()))
+        self._contexts.append(weakref.ref(self._backend.current_context()))
         if plan.gathers:
             first = self._databases[plan.databases[0]]
             one, two = await asyncio.gather(package.db_session(first), package.db_session(first))
             if one is not two:
-                plan.wrong.append("it has two sessions for one connection")
+                plan.wrong.append("the request has two sessions for one database")
         for number in range(plan.writes):
-            for database in plan.databases:
-                name = plan.name(f"{database} {number}")
-                plan.attempted.setdefault(database, []).append(name)
-                await add_note(await package.db_session(self._databases[database]), name)
+            for index in plan.databases:
+                name = plan.name(f"{index} {number}")
+                plan.attempted.setdefault(index, []).append(name)
+                await add_note(await package.db_session(self._databases[index]), name)
         last = await package.db_session(self._databases[plan.databases[-1]])
         self._sessions.append(weakref.ref(last))
         if plan.statement:
@@ -256,7 +260,7 @@ class Soak:
             self._late.add(task)
         await asyncio.sleep(plan.idle)
         if plan.ending == "raises":
-            raise LookupError("on the way")
+            raise LookupError("in the endpoint")
         if plan.ending == "refused":
             await break_commit(last)
         return Answer(
@@ -289,8 +293,8 @@ class Soak:
             await add_note(session, name)
         plan.must.add(name)
         if plan.after == "broken background":
-            undone = plan.name("undone")
-            await add_note(await self._ctxalchemy.db_session(db), undone)
+            rolled_back = plan.name("rolled back")
+            await add_note(await self._ctxalchemy.db_session(db), rolled_back)
             raise LookupError("in the background")
 
     async def _outlive(self, plan: Plan, session: AsyncSession) -> None:
@@ -314,67 +318,67 @@ class Soak:
                 while package.is_context_initiated():  # noqa: ASYNC110
                     await asyncio.sleep(0.001)
                 await write()
-                plan.wrong.append("a session was made in a closed context")
+                plan.wrong.append("db_session made a session in a closed context")
         except package.ContextClosedError:
             self.happened["late, and refused"] += 1
         except Exception:
-            # Its connection was ended, or the request has ended its session.
+            # Its connection was terminated, or the request has closed its session.
             self.happened["late, and failed"] += 1
 
     # --- the ledger ----------------------------------------------------------------------------------
 
     async def _balance(self) -> None:
-        told = f"seed {self.seed}, round {self.rounds}"
-        while self._under_way():  # noqa: ASYNC110
+        where = f"seed {self.seed}, round {self.rounds}"
+        while self._serves_requests():  # noqa: ASYNC110
             await asyncio.sleep(0.005)
         late, self._late = self._late, set()
         await asyncio.gather(*late)
         must: set[str] = set()
         may: set[str] = set()
         for plan in self._plans.values():
-            assert plan.wrong == [], f"{told}: {plan.wrong} in {plan}"
-            sure, possible = self._owed(plan)
-            must |= sure
+            assert plan.wrong == [], f"{where}: {plan.wrong} in {plan}"
+            certain, possible = self._expected_notes(plan)
+            must |= certain
             may |= possible
             self.happened["requests"] += 1
             self.happened[f"answered with {plan.status}"] += 1
             if plan.error is not None:
                 self.happened[f"raised {type(plan.error).__name__}"] += 1
         for db in self._databases:
-            assert await checked_out(db) == 0, f"{told}: a connection has not come back"
+            assert await checked_out(db) == 0, f"{where}: a connection is still checked out"
         if not await self._schema.settled():
-            raise AssertionError(f"{told}: a server process is still at it: {await self._schema.activity()}")
+            raise AssertionError(f"{where}: a transaction is still open: {await self._schema.activity()}")
         notes = set(await self._schema.notes())
-        assert must <= notes, f"{told}: lost: {self._name(must - notes)}"
-        assert notes <= must | may, f"{told}: not undone: {self._name(notes - must - may)}"
+        assert must <= notes, f"{where}: not committed: {self._describe(must - notes)}"
+        assert notes <= must | may, f"{where}: not rolled back: {self._describe(notes - must - may)}"
         backends = len(await self._schema.backends())
-        assert backends <= 2 * (POOL["pool_size"] + POOL["max_overflow"]), f"{told}: {backends} server processes"
-        self.happened["writes that must be there"] += len(must)
-        self.happened["writes that may be there"] += len(may - must)
+        assert backends <= 2 * (POOL["pool_size"] + POOL["max_overflow"]), f"{where}: {backends} server processes"
+        self.happened["writes that must be committed"] += len(must)
+        self.happened["writes that may be committed"] += len(may - must)
 
         await self._schema.observer.execute("DELETE FROM note")
         for db in self._databases:
-            await self._assert_pooled_are_sound(db)
+            await self._assert_pooled_connections_work(db)
         await assert_serves(self._ctxalchemy, *self._databases)
         await self._schema.observer.execute("DELETE FROM note")
         for plan in self._plans.values():
-            # With its traceback it would keep everything alive.
+            # The traceback of the error would keep the objects of the request alive.
             plan.error = None
         self._plans.clear()
         del late
         gc.collect()
-        assert not any(session() for session in self._sessions), f"{told}: a session is left"
+        assert not any(session() for session in self._sessions), f"{where}: a session is still referenced"
         self._sessions.clear()
-        # asyncio's timers and transports keep the contextvars of who made them, for as long as they are there.
-        for left in filter(None, (store() for store in self._stores)):
-            assert left.closed, f"{told}: a context is open"
-            assert not len(left), f"{told}: a context is not empty"
-        self._stores = [store for store in self._stores if store() is not None]
-        self.happened["contexts that something keeps"] = len(self._stores)
+        # asyncio's timers and transports keep the contextvars context in which they were made, as long as they exist.
+        for context in filter(None, (reference() for reference in self._contexts)):
+            assert context.closed, f"{where}: a context is open"
+            assert not len(context), f"{where}: a context is not empty"
+        self._contexts = [reference for reference in self._contexts if reference() is not None]
+        self.happened["closed contexts that are still referenced"] = len(self._contexts)
         self.sizes.append(len(gc.get_objects()))
 
-    async def _assert_pooled_are_sound(self, db: Any) -> None:
-        """Each database connection in the pool works, or was ended by the server."""
+    async def _assert_pooled_connections_work(self, db: Any) -> None:
+        """Assert that each connection in the pool works, or was terminated by the server."""
         pool = await pool_of(db)
         sessions = [await db.create_session() for _ in range(pool.checkedin())]
         for session in sessions:
@@ -386,11 +390,11 @@ class Soak:
         for session in sessions:
             await session.close()
 
-    def _under_way(self) -> bool:
+    def _serves_requests(self) -> bool:
         return any(task.get_coro().__qualname__.startswith("RequestResponseCycle") for task in asyncio.all_tasks())  # type: ignore[union-attr]
 
-    def _owed(self, plan: Plan) -> tuple[set[str], set[str]]:
-        """What this request wrote that must be there, and that may be."""
+    def _expected_notes(self, plan: Plan) -> tuple[set[str], set[str]]:
+        """Return the notes of this request that must be committed, and those that may be committed."""
         package = self._ctxalchemy
         written = {name for names in plan.attempted.values() for name in names}
         error: Any = plan.error
@@ -398,7 +402,7 @@ class Soak:
         if plan.status is not None and plan.status < 400:
             must |= written
         elif plan.status == 404:
-            # What was committed or not after that, is told by the rest.
+            # Rolled back.  ``must`` and ``may`` of the plan contain what was written after the start of the response.
             pass
         elif isinstance(error, package.PartialCommitError):
             for db in error.committed:
@@ -406,11 +410,11 @@ class Soak:
             if not isinstance(error.__cause__, IntegrityError):
                 may |= set(plan.attempted[self._databases.index(error.failed[0])])
         elif plan.committing and not isinstance(error, IntegrityError):
-            # Cancelled, or its connection lost, in COMMIT: nobody can know.
+            # Cancelled or disconnected during COMMIT: the outcome is unknown.
             may |= written
         if plan.after == "at the end" and plan.status == 200 and error is None:
             must.add(plan.name("background"))
         return must, may
 
-    def _name(self, notes: set[str]) -> str:
+    def _describe(self, notes: set[str]) -> str:
         return "; ".join(f"{note} of {self._plans.get(int(note[:3]))}" for note in sorted(notes)[:5])

@@ -1,4 +1,4 @@
-"""Wait for what happens elsewhere, without guessing how long it takes."""
+"""Wait for conditions and for other tasks, without fixed delays."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 async def eventually(condition: Callable[[], Awaitable[Any]], patience: float = 5.0) -> bool:
-    """Whether the condition becomes true, soon."""
+    """Wait until the condition is true; return whether it became true within ``patience`` seconds."""
     deadline = asyncio.get_running_loop().time() + patience
     while not await condition():
         if asyncio.get_running_loop().time() > deadline:
@@ -20,7 +20,7 @@ async def eventually(condition: Callable[[], Awaitable[Any]], patience: float = 
 
 
 class Gate:
-    """Where a coroutine under test stops, until the test lets it through."""
+    """A point at which coroutines under test wait until the test opens the gate."""
 
     def __init__(self) -> None:
         self.arrivals = 0
@@ -33,7 +33,7 @@ class Gate:
         await self._open.wait()
 
     async def reached(self) -> None:
-        """Wait until somebody stands at the gate."""
+        """Wait until a coroutine waits at the gate."""
         await asyncio.wait_for(self._arrived.wait(), 5)
 
     def open(self) -> None:
