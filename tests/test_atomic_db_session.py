@@ -1,4 +1,4 @@
-"""``atomic_db_session``: a block that is committed at its end, or rolled back by whatever ends it early."""
+"""``atomic_db_session`` commits its block at the end, and rolls it back if anything ends the block early."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 class Early(Exception):  # noqa: N818
-    """What ends a block early."""
+    """An error that ends a block early."""
 
 
-async def test_the_block_is_committed_at_its_end(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
+async def test_block_is_committed_at_its_end(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
     async with ctxalchemy.new_ctx():
         async with ctxalchemy.atomic_db_session(db) as session:
             assert session is await ctxalchemy.db_session(db)
@@ -30,7 +30,7 @@ async def test_the_block_is_committed_at_its_end(ctxalchemy: ModuleType, schema:
         assert await checked_out(db) == 0
 
 
-async def test_an_error_rolls_the_block_back_and_comes_through(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
+async def test_error_rolls_the_block_back_and_propagates(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
     async with ctxalchemy.new_ctx():
         session = await ctxalchemy.db_session(db)
         with pytest.raises(Early):
@@ -44,7 +44,7 @@ async def test_an_error_rolls_the_block_back_and_comes_through(ctxalchemy: Modul
     assert await schema.notes() == ["next"]
 
 
-async def test_a_cancellation_rolls_the_block_back(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
+async def test_cancellation_rolls_the_block_back(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
     gate = Gate()
 
     async def work() -> None:
@@ -63,7 +63,7 @@ async def test_a_cancellation_rolls_the_block_back(ctxalchemy: ModuleType, schem
     assert await schema.settled()
 
 
-async def test_a_failed_commit_rolls_the_block_back_and_comes_through(
+async def test_failed_commit_rolls_the_block_back_and_propagates(
     ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     async with ctxalchemy.new_ctx():
@@ -85,7 +85,7 @@ async def test_a_failed_commit_rolls_the_block_back_and_comes_through(
     ],
 )
 @pytest.mark.parametrize("fails", [False, True])
-async def test_an_open_transaction_is_treated_as_it_is_asked_for(
+async def test_current_transaction_decides_what_happens_to_an_open_transaction(
     ctxalchemy: ModuleType,
     schema: Schema,
     db: Any,
@@ -113,14 +113,14 @@ async def test_an_open_transaction_is_treated_as_it_is_asked_for(
         assert await checked_out(db) == 0
 
 
-async def test_commit_is_what_happens_by_default(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
+async def test_open_transaction_is_committed_by_default(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
     async with ctxalchemy.new_ctx():
         await add_note(await ctxalchemy.db_session(db), "before")
         async with ctxalchemy.atomic_db_session(db):
             assert await schema.notes() == ["before"]
 
 
-async def test_an_open_transaction_can_be_refused_and_is_left_alone_then(
+async def test_raise_refuses_an_open_transaction_and_leaves_it_open(
     ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     async with ctxalchemy.new_ctx():
@@ -130,22 +130,22 @@ async def test_an_open_transaction_can_be_refused_and_is_left_alone_then(
         await add_note(session, "second")
         with pytest.raises(InvalidRequestError, match="already open"):
             async with ctxalchemy.atomic_db_session(db, current_transaction="raise"):
-                pytest.fail("the block must not be entered")
+                pytest.fail("the block must not run")
         assert session.in_transaction()
         assert await schema.notes() == ["first"]
     assert await schema.notes() == ["first", "second"]
 
 
-async def test_an_unknown_mode_is_refused(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
+async def test_unknown_value_of_current_transaction_is_refused(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
     async with ctxalchemy.new_ctx():
         await add_note(await ctxalchemy.db_session(db), "before")
         with pytest.raises(ValueError, match="commit, rollback, append, raise, not 'comit'"):
             async with ctxalchemy.atomic_db_session(db, "comit"):
-                pytest.fail("the block must not be entered")
+                pytest.fail("the block must not run")
         assert await schema.notes() == []
 
 
-async def test_the_block_may_settle_its_transaction_itself(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
+async def test_block_may_commit_and_roll_back_itself(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
     async with ctxalchemy.new_ctx():
         async with ctxalchemy.atomic_db_session(db) as session:
             await add_note(session, "first")
@@ -155,7 +155,7 @@ async def test_the_block_may_settle_its_transaction_itself(ctxalchemy: ModuleTyp
         assert await schema.notes() == ["first"]
 
 
-async def test_a_context_is_needed(ctxalchemy: ModuleType, db: Any) -> None:
+async def test_no_context_is_an_error(ctxalchemy: ModuleType, db: Any) -> None:
     with pytest.raises(ctxalchemy.ContextNotInitiatedError):
         async with ctxalchemy.atomic_db_session(db):
-            pytest.fail("the block must not be entered")
+            pytest.fail("the block must not run")

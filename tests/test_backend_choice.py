@@ -1,4 +1,4 @@
-"""Which backend is loaded: CTXALCHEMY_BACKEND, and what there is to load."""
+"""``CTXALCHEMY_BACKEND`` and the installed modules decide which backend is loaded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NATIVE = "ctxalchemy._native"
 
 
 class Failing:
-    """An entry of ``sys.meta_path`` that fails for the native module."""
+    """An entry of ``sys.meta_path`` that raises an error for the native module."""
 
     def __init__(self, error: Exception) -> None:
         self._error = error
@@ -32,7 +32,7 @@ class Failing:
 
 @contextmanager
 def native_module_that_raises(error: Exception, backend: str) -> Iterator[None]:
-    """In the block, the package is to be imported anew, with this choice of backend."""
+    """Let the block import the package again, with this value of ``CTXALCHEMY_BACKEND``."""
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in sys.modules if name.partition(".")[0] == "ctxalchemy"]:
             patch.delitem(sys.modules, name)
@@ -50,7 +50,7 @@ def missing(name: str) -> ModuleNotFoundError:
 
 
 def run(code: str, backend: str | None) -> str:
-    """What the code prints in a process of its own."""
+    """Run the code in a process of its own, and return its output."""
     environment = {name: value for name, value in os.environ.items() if name != "CTXALCHEMY_BACKEND"}
     if backend is not None:
         environment["CTXALCHEMY_BACKEND"] = backend
@@ -60,7 +60,7 @@ def run(code: str, backend: str | None) -> str:
     return result.stdout.strip()
 
 
-def test_the_backend_under_test_is_the_one_loaded(
+def test_backend_under_test_is_the_loaded_backend(
     ctxalchemy: ModuleType, packages: dict[str, dict[str, ModuleType]]
 ) -> None:
     modules = packages[ctxalchemy.BACKEND]
@@ -75,12 +75,12 @@ def test_the_backend_under_test_is_the_one_loaded(
     [(None, "native True"), ("auto", "native True"), ("native", "native True"), ("python", "python False")],
 )
 @pytest.mark.usefixtures("packages")
-def test_the_environment_chooses(backend: str | None, loaded: str) -> None:
+def test_environment_variable_selects_the_backend(backend: str | None, loaded: str) -> None:
     code = f"import sys, ctxalchemy; print(ctxalchemy.BACKEND, {NATIVE!r} in sys.modules)"
     assert run(code, backend) == loaded
 
 
-def test_the_package_needs_neither_starlette_nor_fastapi(ctxalchemy: ModuleType) -> None:
+def test_package_needs_neither_starlette_nor_fastapi(ctxalchemy: ModuleType) -> None:
     code = (
         "import sys; sys.modules.update(starlette=None, fastapi=None, httpx=None)\n"
         "import ctxalchemy; print(ctxalchemy.BACKEND)"
@@ -89,7 +89,7 @@ def test_the_package_needs_neither_starlette_nor_fastapi(ctxalchemy: ModuleType)
 
 
 @pytest.mark.parametrize("backend", ["rust", "Native", ""])
-def test_any_other_choice_is_an_error_that_names_the_three(backend: str) -> None:
+def test_unknown_backend_is_an_error_that_names_the_three_values(backend: str) -> None:
     with (
         native_module_that_raises(missing(NATIVE), backend),
         pytest.raises(ValueError, match="CTXALCHEMY_BACKEND") as caught,
@@ -98,24 +98,24 @@ def test_any_other_choice_is_an_error_that_names_the_three(backend: str) -> None
     assert all(repr(name) in str(caught.value) for name in ("auto", "native", "python", backend))
 
 
-def test_auto_falls_back_where_there_is_no_native_module() -> None:
+def test_auto_falls_back_to_python_if_the_native_module_is_missing() -> None:
     with native_module_that_raises(missing(NATIVE), "auto"):
         assert importlib.import_module("ctxalchemy").BACKEND == "python"
 
 
-def test_native_is_required_where_it_is_asked_for() -> None:
+def test_native_raises_if_the_native_module_is_missing() -> None:
     with native_module_that_raises(missing(NATIVE), "native"), pytest.raises(ModuleNotFoundError, match=NATIVE):
         importlib.import_module("ctxalchemy")
 
 
 @pytest.mark.parametrize("backend", ["auto", "native"])
 @pytest.mark.parametrize("error", [ImportError("undefined symbol"), missing("what_it_needs")], ids=["symbol", "module"])
-def test_a_broken_native_module_is_heard_of(backend: str, error: Exception) -> None:
+def test_import_error_of_a_broken_native_module_propagates(backend: str, error: Exception) -> None:
     with native_module_that_raises(error, backend), pytest.raises(ImportError) as caught:
         importlib.import_module("ctxalchemy")
     assert caught.value is error
 
 
-def test_python_does_not_so_much_as_look_for_the_native_module() -> None:
-    with native_module_that_raises(SystemError("looked for"), "python"):
+def test_python_does_not_search_for_the_native_module() -> None:
+    with native_module_that_raises(SystemError("searched for"), "python"):
         assert importlib.import_module("ctxalchemy").BACKEND == "python"

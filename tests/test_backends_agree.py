@@ -17,28 +17,28 @@ MODULES = ("ctxalchemy", "ctxalchemy.starlette", "ctxalchemy.fastapi", "ctxalche
 FROM_THE_BACKEND = ("db_session", "db_session_nowait", "init_db_session_ctx", "is_context_initiated")
 
 
-async def no_handler(_connection: Any) -> None:
-    """Make the session one that has to be waited for."""
+async def empty_handler(_connect: Any) -> None:
+    """Do nothing.  With a handler, making a session has to wait."""
 
 
-def connection_of(ctxalchemy: Any, **options: Any) -> Any:
+def sqlite_db(ctxalchemy: Any, **options: Any) -> Any:
     return ctxalchemy.DBConnect.from_url("sqlite+aiosqlite://", **options)
 
 
-def hostless(ctxalchemy: Any) -> Any:
-    return ctxalchemy.DBConnect(no_handler, no_handler)
+def db_without_a_host(ctxalchemy: Any) -> Any:
+    return ctxalchemy.DBConnect(empty_handler, empty_handler)
 
 
 async def in_closed_context(ctxalchemy: Any, function: Callable[[], Any]) -> None:
-    """Call the function in a context that has closed: as the request of an application would."""
-    store = ctxalchemy._backend.open_context()
-    store.close()
+    """Call the function in a closed context, as a task that outlives its request does."""
+    context = ctxalchemy._backend.open_context()
+    context.close()
     try:
         result = function()
         if inspect.isawaitable(result):
             await result
     finally:
-        ctxalchemy._backend.reset_context(store)
+        ctxalchemy._backend.reset_context(context)
 
 
 async def in_context(ctxalchemy: Any, function: Callable[[], Any]) -> None:
@@ -56,50 +56,48 @@ async def nowait(ctxalchemy: Any, *arguments: Any) -> None:
 
 
 FAILURES: dict[str, Callable[[Any], Awaitable[Any]]] = {
-    "db_session without a context": lambda c: c.db_session(connection_of(c)),
-    "db_session_nowait without a context": lambda c: nowait(c, connection_of(c)),
-    "db_session in a closed context": lambda c: in_closed_context(c, lambda: c.db_session(connection_of(c))),
-    "db_session_nowait in a closed context": lambda c: in_closed_context(
-        c, lambda: c.db_session_nowait(connection_of(c))
-    ),
+    "db_session without a context": lambda c: c.db_session(sqlite_db(c)),
+    "db_session_nowait without a context": lambda c: nowait(c, sqlite_db(c)),
+    "db_session in a closed context": lambda c: in_closed_context(c, lambda: c.db_session(sqlite_db(c))),
+    "db_session_nowait in a closed context": lambda c: in_closed_context(c, lambda: c.db_session_nowait(sqlite_db(c))),
     "put in a closed context": lambda c: in_closed_context(
-        c, lambda: c.put_db_session_to_context(connection_of(c), object())
+        c, lambda: c.put_db_session_to_context(sqlite_db(c), object())
     ),
-    "db_session of something else": lambda c: in_context(c, lambda: c.db_session("connection")),
-    "db_session of nothing": lambda c: in_context(c, lambda: c.db_session(None)),
-    "db_session_nowait of something else": lambda c: in_context(c, lambda: c.db_session_nowait("connection")),
+    "db_session with a string": lambda c: in_context(c, lambda: c.db_session("not a database")),
+    "db_session with None": lambda c: in_context(c, lambda: c.db_session(None)),
+    "db_session_nowait with a string": lambda c: in_context(c, lambda: c.db_session_nowait("not a database")),
     "db_session_nowait with a handler": lambda c: in_context(
-        c, lambda: c.db_session_nowait(connection_of(c, before_create_session_handler=no_handler))
+        c, lambda: c.db_session_nowait(sqlite_db(c, before_create_session_handler=empty_handler))
     ),
-    "db_session without a host": lambda c: in_context(c, lambda: c.db_session(hostless(c))),
+    "db_session without a host": lambda c: in_context(c, lambda: c.db_session(db_without_a_host(c))),
     "a context in a context": lambda c: in_context(c, c.init_db_session_ctx),
-    "reset of something else": lambda c: c.reset_db_session_ctx("token"),
-    "reset of a foreign token": lambda c: c.reset_db_session_ctx(ContextVar[int]("foreign").set(1)),
+    "reset with a string": lambda c: c.reset_db_session_ctx("token"),
+    "reset with a token of another variable": lambda c: c.reset_db_session_ctx(ContextVar[int]("another").set(1)),
 }
 
 
 async def failure(function: Callable[[Any], Awaitable[Any]], package: ModuleType) -> list[object]:
-    """The type, the types it can be caught by, the message, the cause and whether the context is shown."""
-    with pytest.raises(Exception) as caught:  # noqa: PT011 - what it is, is the result
+    """Return the names of the error's class and base classes, its message and its cause."""
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - the type of the error is part of the result
         await function(package)
     error = caught.value
     return [*(each.__name__ for each in type(error).__mro__), str(error), repr(error.__cause__)]
 
 
 @pytest.mark.parametrize("case", FAILURES)
-async def test_the_errors_and_their_messages_are_the_same(packages: Packages, case: str) -> None:
+async def test_errors_and_their_messages_are_the_same(packages: Packages, case: str) -> None:
     native, python = [await failure(FAILURES[case], modules["ctxalchemy"]) for modules in packages.values()]
     assert native == python
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_the_names_are_the_same(packages: Packages, module: str) -> None:
+def test_public_names_are_the_same(packages: Packages, module: str) -> None:
     native, python = [modules[module] for modules in packages.values()]
     assert native.__all__ == python.__all__
 
 
 @pytest.mark.parametrize("name", FROM_THE_BACKEND)
-def test_the_functions_look_the_same(packages: Packages, name: str) -> None:
+def test_signatures_and_docstrings_of_the_functions_are_the_same(packages: Packages, name: str) -> None:
     native, python = [getattr(modules["ctxalchemy"], name) for modules in packages.values()]
     assert native is not python
     assert str(inspect.signature(native)) == str(inspect.signature(python))

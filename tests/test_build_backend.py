@@ -1,4 +1,4 @@
-"""The build backend: which builder it asks for and runs, and what it says where that fails."""
+"""The build backend requires and runs the builder that the settings select, and explains errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PATH = Path(__file__).parents[1] / "build_backend" / "ctxalchemy_build.py"
 
 @pytest.fixture
 def backend(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The backend, on a machine with cargo and no wish for purity in the environment."""
+    """The build backend, on a machine with cargo and without ``CTXALCHEMY_PURE`` in the environment."""
     monkeypatch.delenv("CTXALCHEMY_PURE", raising=False)
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     spec = importlib.util.spec_from_file_location("ctxalchemy_build", PATH)
@@ -29,7 +29,7 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def builders(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Builders that tell that they were called, and with what."""
+    """Builders that return their name, the hook and its arguments."""
     hooks = ("build_wheel", "build_editable", "build_sdist")
     for name in ("maturin", "hatchling.build"):
         calls = {hook: lambda *given, name=name, hook=hook: (name, hook, *given) for hook in hooks}
@@ -50,7 +50,7 @@ def builders(monkeypatch: pytest.MonkeyPatch) -> None:
         ("1", {"pure": "false"}, "maturin"),
     ],
 )
-def test_it_asks_for_the_builder_that_is_wanted_and_runs_it(
+def test_selected_builder_is_required_and_run(
     backend: Any,
     builders: None,
     monkeypatch: pytest.MonkeyPatch,
@@ -68,20 +68,20 @@ def test_it_asks_for_the_builder_that_is_wanted_and_runs_it(
     assert getattr(backend, f"build_{kind}")("dist", settings, None) == (module, f"build_{kind}", "dist", rest)
 
 
-def test_the_sdist_needs_no_rust_ever(backend: Any, builders: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sdist_never_needs_rust(backend: Any, builders: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda _: None)
     assert [each.partition(">")[0] for each in backend.get_requires_for_build_sdist()] == ["hatchling"]
     assert backend.build_sdist("dist", {}) == ("hatchling.build", "build_sdist", "dist")
 
 
-def test_where_cargo_is_missing_it_says_how_to_do_without(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_about_missing_cargo_names_the_pure_build(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda _: None)
     with pytest.raises(SystemExit, match=r"cargo.*CTXALCHEMY_PURE=1"):
         backend.get_requires_for_build_wheel()
     assert backend.get_requires_for_build_wheel({"pure": "true"})
 
 
-def test_a_native_build_that_fails_is_not_replaced(
+def test_failed_native_build_is_not_replaced_by_a_pure_build(
     backend: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*_: object) -> None:
@@ -94,7 +94,7 @@ def test_a_native_build_that_fails_is_not_replaced(
 
 
 @pytest.mark.parametrize("settings", [{"pure": "yes"}, None])
-def test_any_other_answer_is_refused(backend: Any, monkeypatch: pytest.MonkeyPatch, settings: Any) -> None:
+def test_other_values_of_the_settings_are_refused(backend: Any, monkeypatch: pytest.MonkeyPatch, settings: Any) -> None:
     monkeypatch.setenv("CTXALCHEMY_PURE", "maybe")
     with pytest.raises(SystemExit, match="must be 1, true, 0 or false"):
         backend.get_requires_for_build_wheel(settings)

@@ -1,4 +1,4 @@
-"""Settling a context with several sessions: the order, and what is left of it when something fails."""
+"""Completing a context commits or rolls back its sessions in order, and an error never hides what was committed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 
-async def test_committing_goes_through_all_sessions_step_by_step_in_the_order_they_were_made(
+async def test_each_step_of_a_commit_covers_all_sessions_in_the_order_they_were_made(
     ctxalchemy: ModuleType, schema: Schema, db: Any, other_db: Any
 ) -> None:
     journal: Journal = []
@@ -57,21 +57,24 @@ async def test_only_sessions_in_a_transaction_are_touched(
     assert await schema.notes() == ["used"]
 
 
-async def test_sessions_stay_in_the_context_after_a_commit_and_after_a_rollback(
+async def test_sessions_stay_in_the_context_after_commit_and_rollback(
     ctxalchemy: ModuleType, schema: Schema, db: Any, other_db: Any
 ) -> None:
     async with ctxalchemy.new_ctx():
         sessions = [await ctxalchemy.db_session(each) for each in (db, other_db)]
-        for settle, name in ((ctxalchemy.commit_all_sessions, "kept"), (ctxalchemy.rollback_all_sessions, "undone")):
+        for complete, name in (
+            (ctxalchemy.commit_all_sessions, "committed"),
+            (ctxalchemy.rollback_all_sessions, "rolled back"),
+        ):
             for number, session in enumerate(sessions):
                 await add_note(session, f"{name} {number}")
-            await settle()
+            await complete()
             assert [await ctxalchemy.db_session(each) for each in (db, other_db)] == sessions
             assert await checked_out(db) == await checked_out(other_db) == 0
-    assert await schema.notes() == ["kept 0", "kept 1"]
+    assert await schema.notes() == ["committed 0", "committed 1"]
 
 
-async def test_closing_all_undoes_what_is_open_and_the_next_use_makes_new_sessions(
+async def test_close_all_sessions_rolls_back_and_the_next_call_makes_new_sessions(
     ctxalchemy: ModuleType, schema: Schema, db: Any, other_db: Any
 ) -> None:
     async with ctxalchemy.new_ctx():
@@ -88,7 +91,7 @@ async def test_closing_all_undoes_what_is_open_and_the_next_use_makes_new_sessio
 @pytest.mark.parametrize(
     ("status", "notes"), [(100, ["made"]), (200, ["made"]), (399, ["made"]), (400, []), (404, []), (500, [])]
 )
-async def test_a_status_below_400_commits_and_any_other_rolls_back(
+async def test_status_below_400_commits_and_any_other_status_rolls_back(
     ctxalchemy: ModuleType, schema: Schema, db: Any, status: int, notes: list[str]
 ) -> None:
     hooked = []
@@ -104,7 +107,7 @@ async def test_a_status_below_400_commits_and_any_other_rolls_back(
         assert len(hooked) == len(notes)
 
 
-async def test_a_failing_hook_rolls_everything_back_and_nothing_is_committed(
+async def test_failing_hook_rolls_all_sessions_back_and_nothing_is_committed(
     ctxalchemy: ModuleType, schema: Schema, db: Any, other_db: Any
 ) -> None:
     async def before_commit(session: Any) -> None:
@@ -122,7 +125,7 @@ async def test_a_failing_hook_rolls_everything_back_and_nothing_is_committed(
     assert await schema.notes() == []
 
 
-async def test_a_failing_flush_rolls_everything_back_and_nothing_is_committed(
+async def test_failing_flush_rolls_all_sessions_back_and_nothing_is_committed(
     ctxalchemy: ModuleType, schema: Schema, db: Any, other_db: Any
 ) -> None:
     async with ctxalchemy.new_non_ctx_atomic_session(db) as session:
@@ -138,7 +141,7 @@ async def test_a_failing_flush_rolls_everything_back_and_nothing_is_committed(
     assert await schema.notes() == ["taken"]
 
 
-async def test_a_failing_first_commit_rolls_everything_back_and_nothing_is_committed(
+async def test_failing_first_commit_rolls_all_sessions_back_and_nothing_is_committed(
     ctxalchemy: ModuleType, schema: Schema, db: Any, other_db: Any
 ) -> None:
     async with ctxalchemy.new_ctx():
@@ -152,7 +155,7 @@ async def test_a_failing_first_commit_rolls_everything_back_and_nothing_is_commi
     assert await schema.notes() == []
 
 
-async def test_a_commit_that_fails_after_another_succeeded_tells_which_are_committed(
+async def test_partial_commit_error_contains_the_committed_and_the_failed_databases(
     ctxalchemy: ModuleType, schema: Schema, db: Any, other_db: Any, third_db: Any
 ) -> None:
     async with ctxalchemy.new_ctx():
@@ -169,7 +172,7 @@ async def test_a_commit_that_fails_after_another_succeeded_tells_which_are_commi
     assert await schema.notes() == ["first"]
 
 
-async def test_a_partial_commit_comes_through_where_a_context_settles_itself(
+async def test_run_in_new_ctx_raises_partial_commit_error(
     ctxalchemy: ModuleType, schema: Schema, db: Any, other_db: Any
 ) -> None:
     async def work() -> None:
@@ -182,7 +185,7 @@ async def test_a_partial_commit_comes_through_where_a_context_settles_itself(
     assert await checked_out(db) == await checked_out(other_db) == 0
 
 
-async def test_a_session_that_a_hook_begins_is_hooked_and_committed_too(
+async def test_session_that_a_hook_begins_is_passed_to_the_hook_and_committed(
     ctxalchemy: ModuleType, schema: Schema, db: Any, other_db: Any
 ) -> None:
     hooked = []
@@ -199,35 +202,37 @@ async def test_a_session_that_a_hook_begins_is_hooked_and_committed_too(
         assert await schema.notes() == ["from the block", "from the hook"]
 
 
-async def test_a_session_that_is_begun_during_a_commit_is_committed_too(
+async def test_session_that_begins_during_a_commit_is_committed(
     ctxalchemy: ModuleType, schema: Schema, db: Any, other_db: Any
 ) -> None:
-    class Announcing(SessionDouble):
+    class WritingDouble(SessionDouble):
         async def commit(self) -> None:
             await add_note(await ctxalchemy.db_session(other_db), "from the commit")
             await super().commit()
 
     async with ctxalchemy.new_ctx():
-        ctxalchemy.put_db_session_to_context(db, Announcing([]))
+        ctxalchemy.put_db_session_to_context(db, WritingDouble([]))
         await ctxalchemy.commit_all_sessions()
         assert await schema.notes() == ["from the commit"]
 
 
-async def test_a_rollback_goes_on_after_a_failure(
+async def test_rollback_of_all_sessions_continues_after_a_failure(
     ctxalchemy: ModuleType, schema: Schema, db: Any, other_db: Any
 ) -> None:
     async with ctxalchemy.new_ctx():
         ctxalchemy.put_db_session_to_context(db, SessionDouble([], rollback=OSError("cannot roll back")))
-        await add_note(await ctxalchemy.db_session(other_db), "undone")
+        await add_note(await ctxalchemy.db_session(other_db), "rolled back")
         with pytest.raises(OSError, match="cannot roll back"):
             await ctxalchemy.rollback_all_sessions()
         assert await checked_out(other_db) == 0
     assert await schema.notes() == []
 
 
-@pytest.mark.parametrize(("settle", "method"), [("rollback_all_sessions", "rollback"), ("close_all_sessions", "close")])
+@pytest.mark.parametrize(
+    ("function", "method"), [("rollback_all_sessions", "rollback"), ("close_all_sessions", "close")]
+)
 async def test_several_failures_are_raised_as_a_group(
-    ctxalchemy: ModuleType, db: Any, other_db: Any, third_db: Any, settle: str, method: str
+    ctxalchemy: ModuleType, db: Any, other_db: Any, third_db: Any, function: str, method: str
 ) -> None:
     errors = [OSError("first"), LookupError("second"), KeyError("third")]
     journal: Journal = []
@@ -235,14 +240,12 @@ async def test_several_failures_are_raised_as_a_group(
         for each, error in zip((db, other_db, third_db), errors, strict=True):
             ctxalchemy.put_db_session_to_context(each, SessionDouble(journal, "double", **{method: error}))
         with pytest.raises(ExceptionGroup) as caught:
-            await getattr(ctxalchemy, settle)()
+            await getattr(ctxalchemy, function)()
         assert list(caught.value.exceptions) == errors
         assert journal.count((method, "double")) == 3
 
 
-async def test_the_first_error_is_not_masked_by_what_fails_after_it(
-    ctxalchemy: ModuleType, db: Any, other_db: Any
-) -> None:
+async def test_later_errors_do_not_mask_the_first_error(ctxalchemy: ModuleType, db: Any, other_db: Any) -> None:
     first = LookupError("the commit")
     doubles = [SessionDouble([], commit=first), SessionDouble([], rollback=OSError("the rollback"))]
     async with ctxalchemy.new_ctx():
@@ -255,7 +258,7 @@ async def test_the_first_error_is_not_masked_by_what_fails_after_it(
 
 
 class SlowDouble(SessionDouble):
-    """Its rollback waits at a gate."""
+    """A double whose rollback waits at a gate."""
 
     def __init__(self, gate: Gate, **failures: Exception) -> None:
         super().__init__([], "slow", **failures)
@@ -266,11 +269,11 @@ class SlowDouble(SessionDouble):
         await super().rollback()
 
 
-async def _cancel_at(gate: Gate, settling: Any) -> asyncio.CancelledError:
-    task = asyncio.create_task(settling)
+async def _cancel_at(gate: Gate, completing: Any) -> asyncio.CancelledError:
+    task = asyncio.create_task(completing)
     await gate.reached()
     task.cancel()
-    # It is at the rollback even so, until that is through.
+    # The rollback is shielded: it still waits at the gate after the cancellation.
     await asyncio.sleep(0)
     gate.open()
     with pytest.raises(asyncio.CancelledError) as raised:
@@ -278,7 +281,7 @@ async def _cancel_at(gate: Gate, settling: Any) -> asyncio.CancelledError:
     return raised.value
 
 
-async def test_a_cancellation_while_the_rest_is_rolled_back_tells_what_was_committed(
+async def test_cancellation_after_a_partial_commit_has_a_note_of_what_was_committed(
     ctxalchemy: ModuleType, db: Any, other_db: Any, third_db: Any
 ) -> None:
     gate = Gate()
@@ -292,7 +295,7 @@ async def test_a_cancellation_while_the_rest_is_rolled_back_tells_what_was_commi
     assert cancelled.__context__ is failure or not CANCELLATIONS_HAVE_CONTEXT
 
 
-async def test_a_cancellation_between_failed_rollbacks_tells_of_all_of_them(
+async def test_cancellation_between_failed_rollbacks_has_a_note_of_each_failure(
     ctxalchemy: ModuleType, db: Any, other_db: Any
 ) -> None:
     gate = Gate()

@@ -1,4 +1,4 @@
-"""Looking into the context: get, put and pop."""
+"""Get, put and pop read and change the sessions of the current context."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ async def test_get_returns_the_session_and_never_makes_one(ctxalchemy: ModuleTyp
         assert ctxalchemy.get_db_session_from_context(db) is session
 
 
-async def test_what_is_put_is_the_session_of_the_context_and_settled_with_it(
+async def test_put_session_is_returned_by_db_session_and_completed_with_the_context(
     ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     session = await db.create_session()
@@ -33,7 +33,7 @@ async def test_what_is_put_is_the_session_of_the_context_and_settled_with_it(
     assert not session.in_transaction()
 
 
-async def test_what_is_put_replaces_what_was_there_which_stays_its_owners(
+async def test_put_replaces_a_session_and_the_replaced_session_is_not_completed_or_closed(
     ctxalchemy: ModuleType, schema: Schema, db: Any, other_db: Any
 ) -> None:
     async with ctxalchemy.new_ctx():
@@ -48,7 +48,9 @@ async def test_what_is_put_replaces_what_was_there_which_stays_its_owners(
     assert await schema.notes() == ["replaced"]
 
 
-async def test_what_is_popped_is_its_takers(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
+async def test_popped_session_is_not_completed_or_closed_with_the_context(
+    ctxalchemy: ModuleType, schema: Schema, db: Any
+) -> None:
     async with ctxalchemy.new_ctx():
         session = await ctxalchemy.db_session(db)
         await add_note(session, "popped")
@@ -61,14 +63,14 @@ async def test_what_is_popped_is_its_takers(ctxalchemy: ModuleType, schema: Sche
     assert await schema.notes() == ["popped"]
 
 
-async def test_after_a_pop_the_next_call_makes_another_session(ctxalchemy: ModuleType, db: Any) -> None:
+async def test_db_session_makes_another_session_after_a_pop(ctxalchemy: ModuleType, db: Any) -> None:
     async with ctxalchemy.new_ctx():
         await ctxalchemy.db_session(db)
         popped = ctxalchemy.pop_db_session_from_context(db)
         assert await ctxalchemy.db_session(db) is not popped
 
 
-async def test_the_entries_of_many_connections_do_not_get_mixed_up(ctxalchemy: ModuleType) -> None:
+async def test_sessions_of_many_databases_are_not_mixed_up(ctxalchemy: ModuleType) -> None:
     databases = [ctxalchemy.DBConnect.from_url("sqlite+aiosqlite://") for _ in range(7)]
     sessions = {each: await each.create_session() for each in databases}
     async with ctxalchemy.new_ctx():
@@ -76,11 +78,11 @@ async def test_the_entries_of_many_connections_do_not_get_mixed_up(ctxalchemy: M
             ctxalchemy.put_db_session_to_context(each, session)
         for each in (databases[3], databases[0], databases[6]):
             assert ctxalchemy.pop_db_session_from_context(each) is sessions.pop(each)
-            found = {left: ctxalchemy.get_db_session_from_context(left) for left in databases}
-            assert found == {left: sessions.get(left) for left in databases}
+            found = {db: ctxalchemy.get_db_session_from_context(db) for db in databases}
+            assert found == {db: sessions.get(db) for db in databases}
 
 
-async def test_without_a_context_put_is_an_error_and_pop_finds_nothing(ctxalchemy: ModuleType, db: Any) -> None:
+async def test_without_a_context_put_raises_and_pop_returns_none(ctxalchemy: ModuleType, db: Any) -> None:
     session = await db.create_session()
     with pytest.raises(ctxalchemy.ContextNotInitiatedError) as caught:
         ctxalchemy.put_db_session_to_context(db, session)
@@ -88,7 +90,7 @@ async def test_without_a_context_put_is_an_error_and_pop_finds_nothing(ctxalchem
     assert ctxalchemy.pop_db_session_from_context(db) is None
 
 
-async def test_in_a_closed_context_put_is_an_error_and_the_others_find_nothing(ctxalchemy: ModuleType, db: Any) -> None:
+async def test_in_a_closed_context_put_raises_and_get_and_pop_return_none(ctxalchemy: ModuleType, db: Any) -> None:
     closed = asyncio.Event()
 
     async def late() -> None:
@@ -105,9 +107,9 @@ async def test_in_a_closed_context_put_is_an_error_and_the_others_find_nothing(c
         await task
 
 
-async def test_only_connections_have_sessions(ctxalchemy: ModuleType, db: Any) -> None:
+async def test_put_accepts_only_a_database(ctxalchemy: ModuleType, db: Any) -> None:
     async with ctxalchemy.new_ctx():
         session = await ctxalchemy.db_session(db)
         with pytest.raises(TypeError, match="expected a DBConnect"):
-            ctxalchemy.put_db_session_to_context("connection", session)
+            ctxalchemy.put_db_session_to_context("not a database", session)
         assert ctxalchemy.get_db_session_from_context(db) is session

@@ -1,4 +1,4 @@
-"""Opening and resetting contexts by hand."""
+"""``init_db_session_ctx`` opens a context, and ``reset_db_session_ctx`` closes it and restores the previous context."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 
-async def test_a_context_is_current_from_its_opening_to_its_reset(ctxalchemy: ModuleType, db: Any) -> None:
+async def test_context_is_current_from_init_to_reset(ctxalchemy: ModuleType, db: Any) -> None:
     assert not ctxalchemy.is_context_initiated()
     token = ctxalchemy.init_db_session_ctx()
     assert ctxalchemy.is_context_initiated()
@@ -27,7 +27,7 @@ async def test_a_context_is_current_from_its_opening_to_its_reset(ctxalchemy: Mo
         await ctxalchemy.db_session(db)
 
 
-async def test_a_reset_closes_every_session_and_undoes_what_was_not_committed(
+async def test_reset_closes_every_session_and_rolls_back_what_is_not_committed(
     ctxalchemy: ModuleType, schema: Schema, db: Any, other_db: Any
 ) -> None:
     token = ctxalchemy.init_db_session_ctx()
@@ -42,10 +42,10 @@ async def test_a_reset_closes_every_session_and_undoes_what_was_not_committed(
             await session.execute(text("SELECT 1"))
 
 
-async def test_a_reset_may_leave_the_sessions_to_their_owner(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
+async def test_reset_without_close_leaves_the_sessions_open(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
     token = ctxalchemy.init_db_session_ctx()
     session = await ctxalchemy.db_session(db)
-    await add_note(session, "mine")
+    await add_note(session, "not closed")
     late = asyncio.create_task(ctxalchemy.db_session(db))
     await ctxalchemy.reset_db_session_ctx(token, with_close=False)
     assert not ctxalchemy.is_context_initiated()
@@ -53,10 +53,10 @@ async def test_a_reset_may_leave_the_sessions_to_their_owner(ctxalchemy: ModuleT
         await late
     await session.commit()
     await session.close()
-    assert await schema.notes() == ["mine"]
+    assert await schema.notes() == ["not closed"]
 
 
-async def test_a_second_context_has_to_be_forced(ctxalchemy: ModuleType, db: Any) -> None:
+async def test_nested_context_needs_force(ctxalchemy: ModuleType, db: Any) -> None:
     outer = ctxalchemy.init_db_session_ctx()
     session = await ctxalchemy.db_session(db)
     with pytest.raises(ctxalchemy.ContextAlreadyInitiatedError, match="force=True"):
@@ -70,13 +70,13 @@ async def test_a_second_context_has_to_be_forced(ctxalchemy: ModuleType, db: Any
     await ctxalchemy.reset_db_session_ctx(outer)
 
 
-async def test_force_is_harmless_where_there_is_nothing_to_force(ctxalchemy: ModuleType) -> None:
+async def test_force_without_an_outer_context_opens_a_context(ctxalchemy: ModuleType) -> None:
     token = ctxalchemy.init_db_session_ctx(True)
     await ctxalchemy.reset_db_session_ctx(token)
     assert not ctxalchemy.is_context_initiated()
 
 
-async def test_where_the_current_context_has_closed_another_may_be_opened(ctxalchemy: ModuleType, db: Any) -> None:
+async def test_another_context_can_be_opened_in_a_closed_context(ctxalchemy: ModuleType, db: Any) -> None:
     closed = asyncio.Event()
 
     async def late() -> None:
@@ -96,7 +96,7 @@ async def test_where_the_current_context_has_closed_another_may_be_opened(ctxalc
     await task
 
 
-async def test_resetting_the_outer_context_closes_the_inner_one_too(
+async def test_reset_of_the_outer_context_closes_the_inner_context(
     ctxalchemy: ModuleType, schema: Schema, db: Any, other_db: Any
 ) -> None:
     outer = ctxalchemy.init_db_session_ctx()
@@ -111,7 +111,7 @@ async def test_resetting_the_outer_context_closes_the_inner_one_too(
     assert await schema.notes() == []
 
 
-async def test_a_token_can_be_used_once(ctxalchemy: ModuleType, db: Any) -> None:
+async def test_token_can_be_used_only_once(ctxalchemy: ModuleType, db: Any) -> None:
     used = ctxalchemy.init_db_session_ctx()
     await ctxalchemy.reset_db_session_ctx(used)
     with pytest.raises(ValueError, match="token"):
@@ -125,7 +125,7 @@ async def test_a_token_can_be_used_once(ctxalchemy: ModuleType, db: Any) -> None
         assert session.in_transaction()
 
 
-async def test_a_token_of_another_task_is_refused_and_nothing_is_done(ctxalchemy: ModuleType, db: Any) -> None:
+async def test_token_of_another_task_is_refused_and_changes_nothing(ctxalchemy: ModuleType, db: Any) -> None:
     foreign = copy_context().run(ctxalchemy.init_db_session_ctx)
     async with ctxalchemy.new_ctx():
         session = await ctxalchemy.db_session(db)
@@ -139,7 +139,7 @@ async def test_a_token_of_another_task_is_refused_and_nothing_is_done(ctxalchemy
         assert session.in_transaction()
 
 
-async def test_a_child_task_cannot_reset_the_token_of_its_parent_and_nothing_is_done(
+async def test_token_of_the_parent_task_is_refused_in_a_child_task_and_changes_nothing(
     ctxalchemy: ModuleType, db: Any
 ) -> None:
     token = ctxalchemy.init_db_session_ctx()
@@ -152,14 +152,14 @@ async def test_a_child_task_cannot_reset_the_token_of_its_parent_and_nothing_is_
     await ctxalchemy.reset_db_session_ctx(token)
 
 
-async def test_every_session_is_closed_and_the_context_restored_even_where_one_fails(
+async def test_reset_closes_every_session_and_restores_the_context_even_if_one_close_fails(
     ctxalchemy: ModuleType, schema: Schema, db: Any, other_db: Any, third_db: Any
 ) -> None:
     journal: Journal = []
     token = ctxalchemy.init_db_session_ctx()
-    await add_note(await ctxalchemy.db_session(db), "undone")
+    await add_note(await ctxalchemy.db_session(db), "first")
     ctxalchemy.put_db_session_to_context(other_db, SessionDouble(journal, close=OSError("cannot close")))
-    await add_note(await ctxalchemy.db_session(third_db), "undone too")
+    await add_note(await ctxalchemy.db_session(third_db), "third")
     with pytest.raises(OSError, match="cannot close"):
         await ctxalchemy.reset_db_session_ctx(token)
     assert not ctxalchemy.is_context_initiated()

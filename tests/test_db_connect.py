@@ -1,4 +1,4 @@
-"""The connection: built lazily, left as it was by whatever fails, usable again after it is closed."""
+"""A database builds its engine lazily, is unchanged by errors, and can be used again after it is closed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ URL = "sqlite+aiosqlite://"
 
 
 class Creator:
-    """An engine creator that knows what it was called with, and fails while it is told to."""
+    """An engine creator that records its calls, and raises ``error`` if it is set."""
 
     def __init__(self) -> None:
         self.hosts: list[str] = []
@@ -33,11 +33,11 @@ class Creator:
         return create_async_engine(URL)
 
 
-def hostless(ctxalchemy: ModuleType) -> Any:
+def db_without_a_host(ctxalchemy: ModuleType) -> Any:
     return ctxalchemy.DBConnect(Creator(), maker_creator())
 
 
-async def test_nothing_is_built_before_it_is_needed(ctxalchemy: ModuleType) -> None:
+async def test_engine_is_built_at_first_use(ctxalchemy: ModuleType) -> None:
     creator = Creator()
     db = ctxalchemy.DBConnect(creator, maker_creator(), "there")
     async with ctxalchemy.new_ctx():
@@ -46,7 +46,7 @@ async def test_nothing_is_built_before_it_is_needed(ctxalchemy: ModuleType) -> N
         assert creator.hosts == ["there"]
 
 
-async def test_a_session_connects_to_the_database_only_for_its_first_statement(
+async def test_session_connects_to_the_server_at_its_first_statement(
     ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     async with ctxalchemy.new_ctx():
@@ -68,8 +68,8 @@ async def test_many_tasks_at_first_use_build_one_engine(ctxalchemy: ModuleType) 
     assert len({id(session.bind) for session in sessions}) == 1
 
 
-async def test_an_empty_host_is_refused(ctxalchemy: ModuleType) -> None:
-    db = hostless(ctxalchemy)
+async def test_empty_host_is_refused(ctxalchemy: ModuleType) -> None:
+    db = db_without_a_host(ctxalchemy)
     with pytest.raises(ValueError, match=r"^host must not be empty$"):
         ctxalchemy.DBConnect(Creator(), maker_creator(), "")
     with pytest.raises(ValueError, match=r"^host must not be empty$"):
@@ -79,8 +79,8 @@ async def test_an_empty_host_is_refused(ctxalchemy: ModuleType) -> None:
     assert db.host is None
 
 
-async def test_a_host_is_needed_for_whatever_connects(ctxalchemy: ModuleType) -> None:
-    db = hostless(ctxalchemy)
+async def test_missing_host_is_an_error_for_every_call_that_needs_an_engine(ctxalchemy: ModuleType) -> None:
+    db = db_without_a_host(ctxalchemy)
     with pytest.raises(ValueError, match=r"^host is not set$"):
         await db.create_session()
     with pytest.raises(ValueError, match=r"^host is not set$"):
@@ -94,8 +94,8 @@ async def test_a_host_is_needed_for_whatever_connects(ctxalchemy: ModuleType) ->
         assert await ctxalchemy.db_session(db) is ctxalchemy.db_session_nowait(db)
 
 
-async def test_connecting_builds_the_engine_once_for_each_host(ctxalchemy: ModuleType) -> None:
-    db = hostless(ctxalchemy)
+async def test_connect_builds_one_engine_per_host(ctxalchemy: ModuleType) -> None:
+    db = db_without_a_host(ctxalchemy)
     await db.connect("here")
     await db.connect("here")
     await db.change_host("here")
@@ -106,8 +106,8 @@ async def test_connecting_builds_the_engine_once_for_each_host(ctxalchemy: Modul
     assert (db.host, db.engine_creator.hosts) == ("there", ["here", "there"])
 
 
-async def test_a_failing_engine_creator_leaves_the_connection_as_it_was(ctxalchemy: ModuleType) -> None:
-    db = hostless(ctxalchemy)
+async def test_failing_engine_creator_leaves_the_database_unchanged(ctxalchemy: ModuleType) -> None:
+    db = db_without_a_host(ctxalchemy)
     creator = db.engine_creator
     creator.error = OSError("no such host")
     with pytest.raises(OSError, match="no such host"):
@@ -129,8 +129,8 @@ async def test_a_failing_engine_creator_leaves_the_connection_as_it_was(ctxalche
     assert await db.session_maker() is not maker
 
 
-async def test_a_failing_session_maker_creator_leaves_the_connection_as_it_was(ctxalchemy: ModuleType) -> None:
-    db = hostless(ctxalchemy)
+async def test_failing_session_maker_creator_leaves_the_database_unchanged(ctxalchemy: ModuleType) -> None:
+    db = db_without_a_host(ctxalchemy)
     create = db.session_maker_creator
     await db.connect("here")
     maker = await db.session_maker()
@@ -148,7 +148,7 @@ async def test_a_failing_session_maker_creator_leaves_the_connection_as_it_was(c
     assert db.host == "there"
 
 
-async def test_a_creator_that_fails_at_first_use_is_asked_again_at_the_next(ctxalchemy: ModuleType, db: Any) -> None:
+async def test_creator_that_fails_at_first_use_is_called_again_at_the_next_use(ctxalchemy: ModuleType, db: Any) -> None:
     create, creator = db.engine_creator, Creator()
     creator.error = OSError("not yet")
     db.engine_creator = creator
@@ -160,7 +160,7 @@ async def test_a_creator_that_fails_at_first_use_is_asked_again_at_the_next(ctxa
         await add_note(await ctxalchemy.db_session(db), "now")
 
 
-async def test_the_handler_is_awaited_with_the_connection_before_each_new_session(
+async def test_handler_is_awaited_with_the_database_before_each_new_session(
     ctxalchemy: ModuleType, schema: Schema
 ) -> None:
     calls = []
@@ -178,7 +178,7 @@ async def test_the_handler_is_awaited_with_the_connection_before_each_new_sessio
     assert calls == [db] * 3
 
 
-async def test_the_handler_may_say_the_host(ctxalchemy: ModuleType) -> None:
+async def test_handler_may_set_the_host(ctxalchemy: ModuleType) -> None:
     async def handler(connect: Any) -> None:
         await connect.change_host("chosen")
 
@@ -188,7 +188,7 @@ async def test_the_handler_may_say_the_host(ctxalchemy: ModuleType) -> None:
     assert (db.host, db.engine_creator.hosts) == ("chosen", ["chosen"])
 
 
-async def test_a_failing_handler_raises_to_its_caller_and_the_next_one_is_served(
+async def test_error_of_the_handler_is_raised_to_its_caller_and_the_next_call_succeeds(
     ctxalchemy: ModuleType, schema: Schema
 ) -> None:
     errors = [OSError("no replica")]
@@ -203,20 +203,18 @@ async def test_a_failing_handler_raises_to_its_caller_and_the_next_one_is_served
             await ctxalchemy.db_session(db)
         assert ctxalchemy.get_db_session_from_context(db) is None
         assert await checked_out(db) == 0
-        await add_note(await ctxalchemy.db_session(db), "served")
-    assert await schema.notes() == ["served"]
+        await add_note(await ctxalchemy.db_session(db), "next")
+    assert await schema.notes() == ["next"]
     await db.close()
 
 
-async def test_an_error_while_a_connection_is_set_up_comes_through(
-    ctxalchemy: ModuleType, schema: Schema, db: Any
-) -> None:
-    """What SQLAlchemy asks the server for at first fails; it has another kind of connection then."""
+async def test_error_while_a_connection_is_set_up_propagates(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
+    """The first query of the dialect fails: SQLAlchemy executes it on a connection of another kind."""
 
     def create_engine(host: str) -> AsyncEngine:
         engine: AsyncEngine = creator(host)
         dialect: Any = engine.dialect
-        dialect._get_server_version_info = lambda db: db.exec_driver_sql("SELECT nope")
+        dialect._get_server_version_info = lambda connection: connection.exec_driver_sql("SELECT nope")
         return engine
 
     creator = db.engine_creator
@@ -226,7 +224,7 @@ async def test_an_error_while_a_connection_is_set_up_comes_through(
             await (await ctxalchemy.db_session(db)).execute(text("SELECT 1"))
 
 
-async def test_closing_ends_the_connections_and_the_next_use_opens_new_ones(
+async def test_close_closes_the_connections_and_the_next_use_opens_new_connections(
     ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     await db.close()
@@ -237,52 +235,52 @@ async def test_closing_ends_the_connections_and_the_next_use_opens_new_ones(
         await db.close()
         await db.close()
 
-        async def gone() -> bool:
+        async def no_connections() -> bool:
             return await schema.backends() == []
 
-        assert await eventually(gone)
+        assert await eventually(no_connections)
     assert await schema.notes() == ["first", "second"]
 
 
-async def test_an_engine_that_the_creator_returns_again_keeps_its_connections_again(
+async def test_engine_that_the_creator_returns_again_keeps_its_connections(
     ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     engine = db.engine_creator(db.host)
     db.engine_creator = lambda _host: engine
-    processes = []
+    pids = []
     for _ in range(3):
         async with ctxalchemy.new_ctx():
-            processes.append(await (await ctxalchemy.db_session(db)).scalar(text("SELECT pg_backend_pid()")))
-        if len(processes) == 1:
+            pids.append(await (await ctxalchemy.db_session(db)).scalar(text("SELECT pg_backend_pid()")))
+        if len(pids) == 1:
             await db.close()
-    assert processes[0] != processes[1] == processes[2]
+    assert pids[0] != pids[1] == pids[2]
 
 
-async def test_a_session_in_flight_finishes_after_the_connection_was_closed(
+async def test_open_session_finishes_after_the_database_is_closed(
     ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     async with ctxalchemy.new_ctx():
-        await add_note(await ctxalchemy.db_session(db), "in flight")
+        await add_note(await ctxalchemy.db_session(db), "before close")
         await db.close()
 
-    async def gone() -> bool:
+    async def no_connections() -> bool:
         return await schema.backends() == []
 
-    assert await eventually(gone)
-    assert await schema.notes() == ["in flight"]
+    assert await eventually(no_connections)
+    assert await schema.notes() == ["before close"]
 
 
-async def test_sessions_made_by_hand_belong_to_no_context(ctxalchemy: ModuleType, db: Any) -> None:
+async def test_hand_written_sessions_belong_to_no_context(ctxalchemy: ModuleType, db: Any) -> None:
     async with ctxalchemy.new_ctx():
         first, second = await db.create_session(), await db.create_session()
         assert first is not second
         assert ctxalchemy.get_db_session_from_context(db) is None
-        await add_note(first, "mine")
+        await add_note(first, "hand-written")
     assert first.in_transaction()
     await first.close()
 
 
-async def test_a_connection_from_a_url_keeps_what_was_loaded_after_a_commit(ctxalchemy: ModuleType, db: Any) -> None:
+async def test_from_url_does_not_expire_objects_on_commit(ctxalchemy: ModuleType, db: Any) -> None:
     async with ctxalchemy.new_non_ctx_session(db) as session:
         note = Note(name="kept")
         session.add(note)
@@ -291,7 +289,7 @@ async def test_a_connection_from_a_url_keeps_what_was_loaded_after_a_commit(ctxa
         assert not session.in_transaction()
 
 
-async def test_a_connection_from_a_url_passes_engine_options_on(ctxalchemy: ModuleType, tmp_path: Any) -> None:
+async def test_from_url_passes_engine_options_on(ctxalchemy: ModuleType, tmp_path: Any) -> None:
     url = f"sqlite+aiosqlite:///{tmp_path}/notes.db"
     db = ctxalchemy.DBConnect.from_url(url, pool_size=3, echo_pool=False)
     engine = (await db.session_maker()).kw["bind"]
@@ -300,7 +298,7 @@ async def test_a_connection_from_a_url_passes_engine_options_on(ctxalchemy: Modu
         await ctxalchemy.DBConnect.from_url(url, no_such_option=1).session_maker()
 
 
-async def test_changing_the_host_swaps_it_in_the_url(ctxalchemy: ModuleType) -> None:
+async def test_change_host_swaps_the_host_in_the_url(ctxalchemy: ModuleType) -> None:
     db = ctxalchemy.DBConnect.from_url(make_url("postgresql+psycopg://ada:secret@here:5433/notes?sslmode=disable"))
     assert db.host == "here"
     await db.change_host("there")
@@ -310,7 +308,7 @@ async def test_changing_the_host_swaps_it_in_the_url(ctxalchemy: ModuleType) -> 
     )
 
 
-async def test_a_url_need_not_name_a_host(ctxalchemy: ModuleType) -> None:
+async def test_url_without_a_host_is_accepted(ctxalchemy: ModuleType) -> None:
     db = ctxalchemy.DBConnect.from_url(URL)
     async with ctxalchemy.new_ctx():
         session = await ctxalchemy.db_session(db)
@@ -318,12 +316,12 @@ async def test_a_url_need_not_name_a_host(ctxalchemy: ModuleType) -> None:
     await db.close()
 
 
-def test_a_url_that_cannot_be_read_is_refused_at_once(ctxalchemy: ModuleType) -> None:
+def test_invalid_url_is_refused_by_from_url(ctxalchemy: ModuleType) -> None:
     with pytest.raises(ArgumentError):
         ctxalchemy.DBConnect.from_url("no url")
 
 
-async def test_the_repr_tells_host_and_database_and_no_password(ctxalchemy: ModuleType) -> None:
+async def test_repr_contains_host_and_database_name_but_no_password(ctxalchemy: ModuleType) -> None:
     db = ctxalchemy.DBConnect.from_url("postgresql+psycopg://ada:secret@here/notes?password=secret")
     assert repr(db) == "<DBConnect host='here', not connected>"
     await db.session_maker()

@@ -1,4 +1,4 @@
-"""The session of the context: one for all who ask in it, and none for who comes too late."""
+"""``db_session`` returns one session per database and open context, and raises an error in a closed context."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def gate() -> Gate:
-    """Where the handler of ``slow`` waits."""
+    """The gate at which the handler of ``slow_db`` waits."""
     return Gate()
 
 
 @pytest.fixture
-async def slow(ctxalchemy: ModuleType, schema: Schema, gate: Gate) -> AsyncIterator[Any]:
-    """A connection whose handler waits at the gate."""
-    async with watched(schema.db(ctxalchemy, before_create_session_handler=gate)) as db:
-        yield db
+async def slow_db(ctxalchemy: ModuleType, schema: Schema, gate: Gate) -> AsyncIterator[Any]:
+    """A database whose handler waits at the gate."""
+    async with watched(schema.db(ctxalchemy, before_create_session_handler=gate)) as slow_db:
+        yield slow_db
         gate.open()
 
 
-async def test_every_call_returns_the_same_session(ctxalchemy: ModuleType, db: Any) -> None:
+async def test_every_call_in_a_context_returns_the_same_session(ctxalchemy: ModuleType, db: Any) -> None:
     async def child() -> Any:
         return await ctxalchemy.db_session(db)
 
@@ -43,13 +43,13 @@ async def test_every_call_returns_the_same_session(ctxalchemy: ModuleType, db: A
         assert await asyncio.create_task(asyncio.wait_for(child(), 1)) is session
 
 
-async def test_a_task_makes_the_session_for_its_parent_too(ctxalchemy: ModuleType, db: Any) -> None:
+async def test_parent_task_gets_the_session_that_its_child_task_made(ctxalchemy: ModuleType, db: Any) -> None:
     async with ctxalchemy.new_ctx():
         session = await asyncio.create_task(ctxalchemy.db_session(db))
         assert await ctxalchemy.db_session(db) is session
 
 
-async def test_each_connection_has_a_session_of_its_own(ctxalchemy: ModuleType, db: Any, other_db: Any) -> None:
+async def test_each_database_has_a_session_of_its_own(ctxalchemy: ModuleType, db: Any, other_db: Any) -> None:
     async with ctxalchemy.new_ctx():
         first, second = await ctxalchemy.db_session(db), await ctxalchemy.db_session(other_db)
         assert first is not second
@@ -57,7 +57,7 @@ async def test_each_connection_has_a_session_of_its_own(ctxalchemy: ModuleType, 
         assert await ctxalchemy.db_session(other_db) is second
 
 
-async def test_a_context_may_have_sessions_for_many_connections(ctxalchemy: ModuleType) -> None:
+async def test_context_may_contain_sessions_for_many_databases(ctxalchemy: ModuleType) -> None:
     databases = [ctxalchemy.DBConnect.from_url("sqlite+aiosqlite://") for _ in range(20)]
     async with ctxalchemy.new_ctx():
         sessions = [await ctxalchemy.db_session(each) for each in databases]
@@ -73,17 +73,17 @@ async def test_each_context_has_a_session_of_its_own(ctxalchemy: ModuleType, db:
         assert await ctxalchemy.db_session(db) is outer
 
 
-async def test_many_first_calls_at_once_make_one_session(ctxalchemy: ModuleType, db: Any) -> None:
+async def test_concurrent_first_calls_make_one_session(ctxalchemy: ModuleType, db: Any) -> None:
     async with ctxalchemy.new_ctx():
         sessions = await asyncio.gather(*(ctxalchemy.db_session(db) for _ in range(100)))
         assert len({id(session) for session in sessions}) == 1
 
 
-async def test_many_first_calls_at_once_make_one_session_however_slow_the_handler(
-    ctxalchemy: ModuleType, slow: Any, gate: Gate
+async def test_concurrent_first_calls_make_one_session_even_if_the_handler_is_slow(
+    ctxalchemy: ModuleType, slow_db: Any, gate: Gate
 ) -> None:
     async with ctxalchemy.new_ctx():
-        calls = [asyncio.create_task(ctxalchemy.db_session(slow)) for _ in range(100)]
+        calls = [asyncio.create_task(ctxalchemy.db_session(slow_db)) for _ in range(100)]
         await gate.reached()
         gate.open()
         sessions = await asyncio.gather(*calls)
@@ -91,11 +91,11 @@ async def test_many_first_calls_at_once_make_one_session_however_slow_the_handle
         assert gate.arrivals == 1
 
 
-async def test_contexts_do_not_wait_for_each_others_handlers(ctxalchemy: ModuleType, schema: Schema) -> None:
-    both_there = asyncio.Barrier(2)
+async def test_contexts_do_not_wait_for_the_handlers_of_other_contexts(ctxalchemy: ModuleType, schema: Schema) -> None:
+    both_handlers = asyncio.Barrier(2)
 
     async def handler(_connect: Any) -> None:
-        await both_there.wait()
+        await both_handlers.wait()
 
     db = schema.db(ctxalchemy, before_create_session_handler=handler)
     calls = [ctxalchemy.run_in_new_ctx(ctxalchemy.db_session, db) for _ in range(2)]
@@ -104,22 +104,26 @@ async def test_contexts_do_not_wait_for_each_others_handlers(ctxalchemy: ModuleT
     assert first is not second
 
 
-async def test_a_cancelled_first_caller_takes_nobody_down(ctxalchemy: ModuleType, slow: Any, gate: Gate) -> None:
+async def test_cancelled_first_caller_does_not_affect_other_callers(
+    ctxalchemy: ModuleType, slow_db: Any, gate: Gate
+) -> None:
     async with ctxalchemy.new_ctx():
-        first = asyncio.create_task(ctxalchemy.db_session(slow))
+        first = asyncio.create_task(ctxalchemy.db_session(slow_db))
         await gate.reached()
-        rest = [asyncio.create_task(ctxalchemy.db_session(slow)) for _ in range(3)]
+        rest = [asyncio.create_task(ctxalchemy.db_session(slow_db)) for _ in range(3)]
         await asyncio.sleep(0)
         first.cancel()
         rest[1].cancel()
         gate.open()
         results = await asyncio.gather(first, *rest, return_exceptions=True)
-        session = await ctxalchemy.db_session(slow)
+        session = await ctxalchemy.db_session(slow_db)
         assert [type(results[0]), type(results[2])] == [asyncio.CancelledError] * 2
         assert results[1] is results[3] is session
 
 
-async def test_a_first_caller_whose_handler_fails_takes_nobody_down(ctxalchemy: ModuleType, schema: Schema) -> None:
+async def test_failing_handler_of_the_first_caller_does_not_affect_other_callers(
+    ctxalchemy: ModuleType, schema: Schema
+) -> None:
     gate, errors = Gate(), [OSError("no replica")]
 
     async def handler(_connect: Any) -> None:
@@ -134,36 +138,38 @@ async def test_a_first_caller_whose_handler_fails_takes_nobody_down(ctxalchemy: 
         calls = [asyncio.create_task(ctxalchemy.db_session(db)) for _ in range(3)]
         await gate.reached()
         gate.open()
-        failed, *served = await asyncio.gather(*calls, return_exceptions=True)
-        assert isinstance(failed, OSError)
-        assert served == [await ctxalchemy.db_session(db)] * 2
+        error, *sessions = await asyncio.gather(*calls, return_exceptions=True)
+        assert isinstance(error, OSError)
+        assert sessions == [await ctxalchemy.db_session(db)] * 2
 
 
-async def test_nothing_happens_before_it_is_awaited(ctxalchemy: ModuleType, slow: Any, gate: Gate) -> None:
+async def test_nothing_happens_before_the_await(ctxalchemy: ModuleType, slow_db: Any, gate: Gate) -> None:
     gate.open()
     async with ctxalchemy.new_ctx():
-        awaitable = ctxalchemy.db_session(slow)
+        awaitable = ctxalchemy.db_session(slow_db)
         await asyncio.sleep(0)
         assert gate.arrivals == 0
-        assert ctxalchemy.get_db_session_from_context(slow) is None
+        assert ctxalchemy.get_db_session_from_context(slow_db) is None
         session = await awaitable
-        assert ctxalchemy.get_db_session_from_context(slow) is session
+        assert ctxalchemy.get_db_session_from_context(slow_db) is session
 
 
-async def test_the_context_of_the_awaiting_task_counts(ctxalchemy: ModuleType, db: Any) -> None:
-    asked_outside = ctxalchemy.db_session(db)
+async def test_context_is_that_of_the_await_not_that_of_the_call(ctxalchemy: ModuleType, db: Any) -> None:
+    called_outside = ctxalchemy.db_session(db)
     async with ctxalchemy.new_ctx():
-        assert await asked_outside is await ctxalchemy.db_session(db)
-        asked_inside = ctxalchemy.db_session(db)
+        assert await called_outside is await ctxalchemy.db_session(db)
+        called_inside = ctxalchemy.db_session(db)
         async with ctxalchemy.new_ctx():
-            inner = await asked_inside
+            inner = await called_inside
             assert inner is ctxalchemy.get_db_session_from_context(db)
-        asked_inside = ctxalchemy.db_session(db)
+        called_inside = ctxalchemy.db_session(db)
     with pytest.raises(ctxalchemy.ContextNotInitiatedError):
-        await asked_inside
+        await called_inside
 
 
-async def test_without_a_context_the_await_is_an_error_that_names_the_ways_out(ctxalchemy: ModuleType, db: Any) -> None:
+async def test_without_a_context_the_await_raises_an_error_that_names_the_alternatives(
+    ctxalchemy: ModuleType, db: Any
+) -> None:
     awaitable = ctxalchemy.db_session(db)
     with pytest.raises(ctxalchemy.ContextNotInitiatedError) as caught:
         await awaitable
@@ -171,16 +177,16 @@ async def test_without_a_context_the_await_is_an_error_that_names_the_ways_out(c
     assert all(name in str(caught.value) for name in ("middleware", "run_in_new_ctx", "new_ctx", "init_db_session_ctx"))
 
 
-async def test_whatever_is_no_connection_is_refused_at_the_await(ctxalchemy: ModuleType) -> None:
+async def test_argument_of_the_wrong_type_is_refused_at_the_await(ctxalchemy: ModuleType) -> None:
     async with ctxalchemy.new_ctx():
-        for wrong in ("connection", None, object()):
+        for wrong in ("not a database", None, object()):
             awaitable = ctxalchemy.db_session(wrong)
             with pytest.raises(TypeError, match="expected a DBConnect"):
                 await awaitable
         await ctxalchemy.commit_all_sessions()
 
 
-async def test_a_task_that_outlives_its_context_is_told_to_open_one_of_its_own(
+async def test_error_in_a_task_that_outlives_its_context_names_the_alternatives(
     ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     closed = asyncio.Event()
@@ -202,7 +208,7 @@ async def test_a_task_that_outlives_its_context_is_told_to_open_one_of_its_own(
     assert await schema.notes() == ["in time"]
 
 
-async def test_a_task_that_outlives_its_context_can_open_one_of_its_own(
+async def test_task_that_outlives_its_context_can_open_a_context_of_its_own(
     ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     closed = asyncio.Event()
@@ -220,9 +226,7 @@ async def test_a_task_that_outlives_its_context_can_open_one_of_its_own(
     assert await schema.notes() == ["late"]
 
 
-async def test_a_session_is_not_brought_back_to_life_by_who_still_holds_it(
-    ctxalchemy: ModuleType, schema: Schema, db: Any
-) -> None:
+async def test_closed_session_cannot_be_used_again(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
     async with ctxalchemy.new_ctx():
         idle = await ctxalchemy.db_session(db)
     async with ctxalchemy.new_ctx():
@@ -236,7 +240,7 @@ async def test_a_session_is_not_brought_back_to_life_by_who_still_holds_it(
     assert await schema.notes() == ["in time"]
 
 
-async def test_a_session_whose_making_is_overtaken_by_the_closing_is_closed(
+async def test_session_that_is_being_made_while_its_context_closes_is_closed(
     ctxalchemy: ModuleType, schema: Schema, gate: Gate
 ) -> None:
     journal: Journal = []
@@ -253,18 +257,22 @@ async def test_a_session_whose_making_is_overtaken_by_the_closing_is_closed(
         assert journal
 
 
-async def test_a_session_put_meanwhile_is_the_one_for_all(ctxalchemy: ModuleType, slow: Any, gate: Gate) -> None:
+async def test_session_that_is_put_during_the_handler_is_returned_to_all_callers(
+    ctxalchemy: ModuleType, slow_db: Any, gate: Gate
+) -> None:
     async with ctxalchemy.new_ctx():
-        task = asyncio.create_task(ctxalchemy.db_session(slow))
+        task = asyncio.create_task(ctxalchemy.db_session(slow_db))
         await gate.reached()
-        mine = (await slow.session_maker())()
-        ctxalchemy.put_db_session_to_context(slow, mine)
+        put = (await slow_db.session_maker())()
+        ctxalchemy.put_db_session_to_context(slow_db, put)
         gate.open()
-        assert await task is mine
-        assert await ctxalchemy.db_session(slow) is mine
+        assert await task is put
+        assert await ctxalchemy.db_session(slow_db) is put
 
 
-async def test_a_handler_that_asks_for_its_own_session_is_told_so(ctxalchemy: ModuleType, schema: Schema) -> None:
+async def test_handler_that_requests_the_session_it_delays_raises_an_error(
+    ctxalchemy: ModuleType, schema: Schema
+) -> None:
     async def handler(connect: Any) -> None:
         await ctxalchemy.db_session(connect)
 
@@ -278,11 +286,11 @@ async def test_a_handler_that_asks_for_its_own_session_is_told_so(ctxalchemy: Mo
         assert ctxalchemy.get_db_session_from_context(db) is None
 
 
-async def test_a_handler_may_use_another_connection(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
+async def test_handler_may_use_another_database(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
     async def handler(_connect: Any) -> None:
         await add_note(await ctxalchemy.db_session(db), "from the handler")
 
     unwatched = schema.db(ctxalchemy, before_create_session_handler=handler)
-    async with watched(unwatched) as prepared, ctxalchemy.new_ctx():
-        await ctxalchemy.db_session(prepared)
+    async with watched(unwatched) as db_with_handler, ctxalchemy.new_ctx():
+        await ctxalchemy.db_session(db_with_handler)
     assert await schema.notes() == ["from the handler"]

@@ -1,4 +1,4 @@
-"""``db_session`` behaves as an ``async def`` in every way that a caller can see."""
+"""``db_session`` behaves like an ``async def`` function in every way that a caller can observe."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 
-def test_inspection_takes_it_for_one(ctxalchemy: ModuleType) -> None:
+def test_inspect_reports_a_coroutine_function(ctxalchemy: ModuleType) -> None:
     assert inspect.iscoroutinefunction(ctxalchemy.db_session)
     assert inspect.iscoroutinefunction(partial(ctxalchemy.db_session, None))
     assert callable(ctxalchemy.db_session)
@@ -29,12 +29,12 @@ def test_inspection_takes_it_for_one(ctxalchemy: ModuleType) -> None:
     assert inspect.getdoc(ctxalchemy.db_session)
 
 
-def test_it_can_be_pickled_and_copied_by_its_name(ctxalchemy: ModuleType) -> None:
+def test_db_session_can_be_pickled_and_copied_by_its_name(ctxalchemy: ModuleType) -> None:
     assert pickle.loads(pickle.dumps(ctxalchemy.db_session)) is ctxalchemy.db_session
     assert copy.deepcopy(ctxalchemy.db_session) is ctxalchemy.db_session
 
 
-async def test_what_it_returns_is_a_coroutine(ctxalchemy: ModuleType, db: Any) -> None:
+async def test_db_session_returns_a_coroutine(ctxalchemy: ModuleType, db: Any) -> None:
     async with ctxalchemy.new_ctx():
         for _ in ("first use", "later use"):
             coroutine = ctxalchemy.db_session(db)
@@ -46,7 +46,7 @@ async def test_what_it_returns_is_a_coroutine(ctxalchemy: ModuleType, db: Any) -
 
 
 @pytest.mark.parametrize("first_use", [True, False])
-async def test_asyncio_takes_it(ctxalchemy: ModuleType, db: Any, first_use: bool) -> None:
+async def test_asyncio_functions_accept_the_coroutine(ctxalchemy: ModuleType, db: Any, first_use: bool) -> None:
     async with ctxalchemy.new_ctx():
         if not first_use:
             await ctxalchemy.db_session(db)
@@ -63,7 +63,7 @@ async def test_asyncio_takes_it(ctxalchemy: ModuleType, db: Any, first_use: bool
 
 
 @pytest.mark.parametrize("first_use", [True, False])
-async def test_it_is_awaited_once(ctxalchemy: ModuleType, db: Any, first_use: bool) -> None:
+async def test_second_await_of_the_coroutine_is_an_error(ctxalchemy: ModuleType, db: Any, first_use: bool) -> None:
     async with ctxalchemy.new_ctx():
         if not first_use:
             await ctxalchemy.db_session(db)
@@ -73,7 +73,7 @@ async def test_it_is_awaited_once(ctxalchemy: ModuleType, db: Any, first_use: bo
             await coroutine
 
 
-async def test_it_can_be_closed_without_having_been_awaited(ctxalchemy: ModuleType, db: Any) -> None:
+async def test_coroutine_can_be_closed_before_it_is_awaited(ctxalchemy: ModuleType, db: Any) -> None:
     async with ctxalchemy.new_ctx():
         coroutine = ctxalchemy.db_session(db)
         coroutine.close()
@@ -82,7 +82,7 @@ async def test_it_can_be_closed_without_having_been_awaited(ctxalchemy: ModuleTy
             await coroutine
 
 
-async def test_an_error_thrown_in_comes_out(ctxalchemy: ModuleType, db: Any) -> None:
+async def test_error_that_is_thrown_into_the_coroutine_propagates(ctxalchemy: ModuleType, db: Any) -> None:
     async with ctxalchemy.new_ctx():
         coroutine = ctxalchemy.db_session(db)
         with pytest.raises(LookupError, match="thrown in"):
@@ -90,7 +90,7 @@ async def test_an_error_thrown_in_comes_out(ctxalchemy: ModuleType, db: Any) -> 
         assert ctxalchemy.get_db_session_from_context(db) is None
 
 
-async def test_each_error_is_a_new_one(ctxalchemy: ModuleType, db: Any) -> None:
+async def test_each_call_raises_a_new_error_object(ctxalchemy: ModuleType, db: Any) -> None:
     async def error() -> Any:
         with pytest.raises(ctxalchemy.ContextNotInitiatedError) as caught:
             await ctxalchemy.db_session(db)
@@ -101,7 +101,7 @@ async def test_each_error_is_a_new_one(ctxalchemy: ModuleType, db: Any) -> None:
     assert (first.__context__, first.__cause__) == (None, None)
 
 
-async def test_fastapi_depends_on_it(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
+async def test_db_session_works_as_a_fastapi_dependency(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
     app = FastAPI()
     ctxalchemy.fastapi.add_fastapi_http_db_session_middleware(app)
 

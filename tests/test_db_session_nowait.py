@@ -1,4 +1,4 @@
-"""``db_session_nowait`` is ``db_session`` for those who cannot wait."""
+"""``db_session_nowait`` returns the session of ``db_session`` synchronously, or raises if it would have to wait."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 
-async def test_it_returns_the_session_of_the_context(
+async def test_db_session_nowait_returns_the_session_of_the_context(
     ctxalchemy: ModuleType, schema: Schema, db: Any, other_db: Any
 ) -> None:
     async with ctxalchemy.new_ctx():
-        made_here = ctxalchemy.db_session_nowait(db)
-        made_there = await ctxalchemy.db_session(other_db)
-        assert await ctxalchemy.db_session(db) is made_here is ctxalchemy.db_session_nowait(db)
-        assert ctxalchemy.db_session_nowait(other_db) is made_there
-        await add_note(made_here, "nowait")
+        session = ctxalchemy.db_session_nowait(db)
+        other_session = await ctxalchemy.db_session(other_db)
+        assert await ctxalchemy.db_session(db) is session is ctxalchemy.db_session_nowait(db)
+        assert ctxalchemy.db_session_nowait(other_db) is other_session
+        await add_note(session, "nowait")
     assert await schema.notes() == ["nowait"]
 
 
-async def test_without_a_context_it_is_an_error(ctxalchemy: ModuleType, db: Any) -> None:
+async def test_no_context_is_an_error(ctxalchemy: ModuleType, db: Any) -> None:
     with pytest.raises(ctxalchemy.ContextNotInitiatedError) as caught:
         ctxalchemy.db_session_nowait(db)
     assert type(caught.value) is ctxalchemy.ContextNotInitiatedError
 
 
-async def test_in_a_closed_context_it_is_an_error_that_names_the_ways_out(ctxalchemy: ModuleType, db: Any) -> None:
+async def test_error_in_a_closed_context_names_the_alternatives(ctxalchemy: ModuleType, db: Any) -> None:
     closed = asyncio.Event()
 
     async def late() -> None:
@@ -46,7 +46,9 @@ async def test_in_a_closed_context_it_is_an_error_that_names_the_ways_out(ctxalc
         await task
 
 
-async def test_where_a_handler_has_to_be_awaited_first_it_is_not_ready(ctxalchemy: ModuleType, schema: Schema) -> None:
+async def test_handler_that_has_to_be_awaited_raises_session_not_ready_error(
+    ctxalchemy: ModuleType, schema: Schema
+) -> None:
     gate = Gate()
     async with (
         watched(schema.db(ctxalchemy, before_create_session_handler=gate)) as db,
@@ -64,7 +66,7 @@ async def test_where_a_handler_has_to_be_awaited_first_it_is_not_ready(ctxalchem
         assert ctxalchemy.db_session_nowait(db) is session
 
 
-async def test_a_thread_without_an_event_loop_is_told_what_to_do(ctxalchemy: ModuleType, db: Any) -> None:
+async def test_error_in_a_thread_without_an_event_loop_names_the_event_loop(ctxalchemy: ModuleType, db: Any) -> None:
     async with ctxalchemy.new_ctx():
         with pytest.raises(ctxalchemy.SessionNotReadyError, match="event loop"):
             await asyncio.to_thread(ctxalchemy.db_session_nowait, db)

@@ -1,4 +1,4 @@
-"""The middleware as a dispatch function for ``BaseHTTPMiddleware``."""
+"""The dispatch functions for ``BaseHTTPMiddleware`` keep the promises of the middleware up to the response start."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 def build(
     framework: str, ctxalchemy: ModuleType, endpoint: Callable[[], Awaitable[Answer]], before_commit: Any = None
 ) -> Any:
-    """The application with the dispatch function, added as the users of the framework do."""
+    """Build the application, and add the dispatch function as users of the framework do."""
     if framework == "starlette":
         app = starlette_app(endpoint)
         dispatch = ctxalchemy.starlette.starlette_http_db_session_middleware
@@ -50,7 +50,7 @@ each_framework = pytest.mark.parametrize("framework", ["starlette", "fastapi"])
 
 @each_framework
 @each_transport
-async def test_the_status_decides(
+async def test_status_decides_between_commit_and_rollback(
     ctxalchemy: ModuleType, schema: Schema, db: Any, framework: str, transport: Transport
 ) -> None:
     async def endpoint() -> Answer:
@@ -66,7 +66,7 @@ async def test_the_status_decides(
 
 
 @each_framework
-async def test_it_commits_before_the_response_is_passed_on(
+async def test_commit_comes_before_the_response_is_passed_on(
     ctxalchemy: ModuleType, schema: Schema, db: Any, framework: str
 ) -> None:
     seen = []
@@ -75,30 +75,30 @@ async def test_it_commits_before_the_response_is_passed_on(
         await add_note(await ctxalchemy.db_session(db), "written")
         return Answer()
 
-    async def look(message: Message) -> None:
+    async def on_message(message: Message) -> None:
         seen.append((message["type"], await schema.notes(), await checked_out(db)))
 
-    await call(build(framework, ctxalchemy, endpoint), look)
+    await call(build(framework, ctxalchemy, endpoint), on_message)
     assert seen[0] == ("http.response.start", ["written"], 0)
 
 
 @each_framework
-async def test_a_failed_commit_is_never_answered_as_success(
+async def test_failed_commit_is_never_a_success(
     ctxalchemy: ModuleType, schema: Schema, db: Any, framework: str
 ) -> None:
     statuses = []
 
     async def endpoint() -> Answer:
         session = await ctxalchemy.db_session(db)
-        await add_note(session, "undone")
+        await add_note(session, "rolled back")
         await break_commit(session)
         return Answer()
 
-    async def look(message: Message) -> None:
+    async def on_message(message: Message) -> None:
         statuses.append(message.get("status"))
 
     with pytest.raises(DBAPIError):
-        await call(build(framework, ctxalchemy, endpoint), look)
+        await call(build(framework, ctxalchemy, endpoint), on_message)
     assert statuses[0] == 500
     assert 200 not in statuses
     assert await checked_out(db) == 0
@@ -106,11 +106,11 @@ async def test_a_failed_commit_is_never_answered_as_success(
 
 
 @each_framework
-async def test_an_unhandled_error_rolls_back_and_comes_through(
+async def test_unhandled_error_rolls_back_and_propagates(
     ctxalchemy: ModuleType, schema: Schema, db: Any, framework: str
 ) -> None:
     async def endpoint() -> Answer:
-        await add_note(await ctxalchemy.db_session(db), "undone")
+        await add_note(await ctxalchemy.db_session(db), "rolled back")
         raise LookupError("the endpoint")
 
     with pytest.raises(LookupError, match="the endpoint"):
@@ -120,7 +120,7 @@ async def test_an_unhandled_error_rolls_back_and_comes_through(
 
 
 @each_framework
-async def test_the_hook_is_awaited_before_the_commit(
+async def test_before_commit_is_awaited_before_the_commit(
     ctxalchemy: ModuleType, schema: Schema, db: Any, framework: str
 ) -> None:
     async def before_commit(session: Any) -> None:
@@ -157,7 +157,7 @@ async def test_background_tasks_need_a_context_of_their_own(
 
 
 @each_framework
-async def test_a_context_that_a_test_opened_is_respected(
+async def test_context_that_a_test_opened_is_used_and_not_completed(
     ctxalchemy: ModuleType, schema: Schema, db: Any, framework: str
 ) -> None:
     async def endpoint() -> Answer:
@@ -173,7 +173,7 @@ async def test_a_context_that_a_test_opened_is_respected(
 
 
 @each_framework
-async def test_together_with_the_class_it_is_one_context(
+async def test_dispatch_function_inside_the_middleware_class_uses_its_context(
     ctxalchemy: ModuleType, schema: Schema, db: Any, framework: str
 ) -> None:
     async def endpoint() -> Answer:

@@ -1,4 +1,4 @@
-"""The first error is the one that is raised, and a cancellation that was dealt with does not come back."""
+"""The first error is the error that is raised, and a cancellation that was handled does not return."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from support.schema import Schema
 
 
-async def test_a_test_context_raises_the_first_error(ctxalchemy: ModuleType, db: Any) -> None:
+async def test_test_context_raises_the_first_error(ctxalchemy: ModuleType, db: Any) -> None:
     session = SessionDouble([], close=LookupError("the close"))
     with pytest.raises(ValueError, match="the block") as caught:  # noqa: PT012
         async with ctxalchemy.testing.set_test_context(auto_close=True):
@@ -25,14 +25,14 @@ async def test_a_test_context_raises_the_first_error(ctxalchemy: ModuleType, db:
     assert any("the close" in note for note in caught.value.__notes__)
 
 
-async def test_a_timeout_that_the_application_dealt_with_does_not_cancel_it_later(
+async def test_timeout_that_the_application_handled_does_not_cancel_it_later(
     ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     async def slow(_session: Any) -> None:
         await asyncio.sleep(60)
 
     async def app(_scope: Any, _receive: Any, send: Any) -> None:
-        await add_note(await ctxalchemy.db_session(db), "lost")
+        await add_note(await ctxalchemy.db_session(db), "rolled back")
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.05):
                 await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -45,7 +45,7 @@ async def test_a_timeout_that_the_application_dealt_with_does_not_cancel_it_late
     assert await schema.notes() == []
 
 
-async def test_a_commit_if_that_raises_lets_nothing_out(ctxalchemy: ModuleType, db: Any) -> None:
+async def test_error_in_commit_if_is_raised_and_no_message_is_sent(ctxalchemy: ModuleType, db: Any) -> None:
     def broken(_status: int) -> bool:
         raise LookupError("commit_if")
 

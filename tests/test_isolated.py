@@ -1,4 +1,4 @@
-"""What only a process of its own can show: ``-I -W error``, and nothing printed that should not be."""
+"""Imports, memory and interpreter exit are correct in a process of its own, run with ``-I -W error``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MODULES = sorted(
 
 
 def run(ctxalchemy: ModuleType, *arguments: str) -> str:
-    """What this prints on the backend of the test."""
+    """Run Python with these arguments and the backend of the test, and return its output."""
     result = subprocess.run(
         [sys.executable, *OPTIONS, "-I", "-W", "error", *arguments],
         env={**os.environ, "CTXALCHEMY_BACKEND": ctxalchemy.BACKEND},
@@ -35,31 +35,31 @@ def run(ctxalchemy: ModuleType, *arguments: str) -> str:
 
 
 @pytest.mark.parametrize("module", ["ctxalchemy", *MODULES])
-def test_each_module_can_be_the_first_to_be_imported(ctxalchemy: ModuleType, module: str) -> None:
+def test_each_module_can_be_imported_first(ctxalchemy: ModuleType, module: str) -> None:
     code = f"import sys, {module}; print(sys.modules['ctxalchemy'].BACKEND)"
     assert run(ctxalchemy, "-c", code) == ctxalchemy.BACKEND
 
 
 @needs_reference_counts
-def test_references_and_memory_are_flat_over_a_million_contexts_and_lookups(ctxalchemy: ModuleType) -> None:
+def test_reference_counts_and_memory_do_not_grow_over_a_million_contexts(ctxalchemy: ModuleType) -> None:
     run(ctxalchemy, str(ISOLATED / "flat.py"), "1000000")
 
 
-def test_the_garbage_collector_sees_through_the_store(ctxalchemy: ModuleType) -> None:
+def test_garbage_collector_frees_reference_cycles_through_a_context(ctxalchemy: ModuleType) -> None:
     run(ctxalchemy, str(ISOLATED / "cycles.py"))
 
 
-def test_the_interpreter_exits_with_contexts_open(ctxalchemy: ModuleType) -> None:
+def test_interpreter_exits_without_errors_while_contexts_are_open(ctxalchemy: ModuleType) -> None:
     assert run(ctxalchemy, str(ISOLATED / "open_at_exit.py")) == "3"
 
 
 @pytest.mark.skipif(sys.implementation.name != "cpython", reason="there are no subinterpreters")
 @pytest.mark.parametrize("wanted", ["auto", "native", "python"])
-def test_a_subinterpreter_has_a_backend_of_its_own_or_a_clear_error(ctxalchemy: ModuleType, wanted: str) -> None:
-    """The compiled parts of SQLAlchemy, where they are used, refuse first."""
-    said = run(ctxalchemy, str(ISOLATED / "subinterpreter.py"), wanted)
-    is_refused = said.startswith("ImportError: ") and "interpreter" in said
+def test_subinterpreter_loads_a_backend_or_raises_a_clear_error(ctxalchemy: ModuleType, wanted: str) -> None:
+    """If SQLAlchemy or greenlet uses compiled parts, their error is raised first."""
+    output = run(ctxalchemy, str(ISOLATED / "subinterpreter.py"), wanted)
+    is_refused = output.startswith("ImportError: ") and "interpreter" in output
     if ctxalchemy.BACKEND == "native" and wanted != "python":
         assert is_refused
     else:
-        assert is_refused or said == f"loaded {'python' if wanted == 'python' else 'native'}"
+        assert is_refused or output == f"loaded {'python' if wanted == 'python' else 'native'}"

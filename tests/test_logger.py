@@ -1,4 +1,4 @@
-"""The logger ``ctxalchemy``: at DEBUG the life of contexts, and warnings that name who was in the way."""
+"""The logger ``ctxalchemy`` logs the life of contexts at DEBUG, and warns of a session that is in use."""
 
 from __future__ import annotations
 
@@ -23,30 +23,31 @@ if TYPE_CHECKING:
 OPENED = "opened in the task 'Task-N' (test)"
 
 
-def life(*events: str) -> list[str]:
+def messages(*events: str) -> list[str]:
+    """Return the messages of a context that has one session."""
     return [OPENED, "created a session for <DBConnect", *events, "closed"]
 
 
 @pytest.fixture
-def told(caplog: pytest.LogCaptureFixture) -> Any:
-    """What was told of one context."""
+def logged(caplog: pytest.LogCaptureFixture) -> Any:
+    """A function that returns the messages that were logged about one context."""
     caplog.set_level(logging.DEBUG, logger="ctxalchemy")
 
-    def found() -> list[str]:
+    def messages_of_context() -> list[str]:
         lines = [record.getMessage().partition(": ") for record in caplog.records if record.name == "ctxalchemy"]
         assert len({context for context, _, _ in lines}) <= 1
         events = [re.sub(r"'Task-\d+' \(.*\)", "'Task-N' (test)", event) for _, _, event in lines]
         return [re.sub(r" host=[^>]*>", "", event) for event in events]
 
-    return found
+    return messages_of_context
 
 
 @pytest.mark.parametrize(
     ("status", "events"),
     [(200, ["committed <DBConnect"]), (404, ["rolling back"])],
 )
-async def test_a_request_is_told_of(
-    ctxalchemy: ModuleType, schema: Schema, db: Any, told: Any, status: int, events: list[str]
+async def test_request_is_logged(
+    ctxalchemy: ModuleType, schema: Schema, db: Any, logged: Any, status: int, events: list[str]
 ) -> None:
     async def endpoint() -> Answer:
         await ctxalchemy.db_session(db)
@@ -54,34 +55,34 @@ async def test_a_request_is_told_of(
         return Answer(status)
 
     await call(ctxalchemy.ASGIHTTPDBSessionMiddleware(bare_app(endpoint)))
-    assert told() == life(*events)
+    assert logged() == messages(*events)
     assert await schema.notes() == (["note"] if status == 200 else [])
 
 
-async def test_a_block_is_told_of(ctxalchemy: ModuleType, schema: Schema, db: Any, told: Any) -> None:
+async def test_new_ctx_block_is_logged(ctxalchemy: ModuleType, schema: Schema, db: Any, logged: Any) -> None:
     async with ctxalchemy.new_ctx():
         await add_note(ctxalchemy.db_session_nowait(db), "note")
-    assert told() == life("committed <DBConnect")
+    assert logged() == messages("committed <DBConnect")
     assert await schema.notes() == ["note"]
 
 
-async def test_what_ended_a_block_is_told(ctxalchemy: ModuleType, db: Any, told: Any) -> None:
+async def test_error_that_ended_a_block_is_logged(ctxalchemy: ModuleType, db: Any, logged: Any) -> None:
     with suppress(LookupError):
         async with ctxalchemy.new_ctx():
             await add_note(await ctxalchemy.db_session(db), "note")
             raise LookupError
-    assert told() == life("rolling back because of LookupError")
+    assert logged() == messages("rolling back because of LookupError")
 
 
-async def test_a_context_that_was_opened_by_hand_is_told_of(ctxalchemy: ModuleType, db: Any, told: Any) -> None:
+async def test_context_of_init_db_session_ctx_is_logged(ctxalchemy: ModuleType, db: Any, logged: Any) -> None:
     token = ctxalchemy.init_db_session_ctx()
     await ctxalchemy.db_session(db)
     await ctxalchemy.reset_db_session_ctx(token)
-    assert told() == life()
+    assert logged() == messages()
 
 
-async def test_a_request_that_closed_its_session_itself_is_told_to_its_end(
-    ctxalchemy: ModuleType, db: Any, told: Any
+async def test_request_that_closes_its_session_itself_is_logged_until_it_is_closed(
+    ctxalchemy: ModuleType, db: Any, logged: Any
 ) -> None:
     async def endpoint() -> Answer:
         await ctxalchemy.db_session(db)
@@ -89,32 +90,36 @@ async def test_a_request_that_closed_its_session_itself_is_told_to_its_end(
         return Answer()
 
     await call(ctxalchemy.ASGIHTTPDBSessionMiddleware(bare_app(endpoint)))
-    assert told() == life()
+    assert logged() == messages()
 
 
-async def test_a_context_that_was_never_closed_is_not_kept(ctxalchemy: ModuleType, db: Any, told: Any) -> None:
+async def test_log_does_not_keep_a_context_alive_that_is_never_closed(
+    ctxalchemy: ModuleType, db: Any, logged: Any
+) -> None:
     async def forget() -> ref[Any]:
         ctxalchemy.init_db_session_ctx()
         return ref(await ctxalchemy.db_session(db))
 
-    async def is_gone() -> bool:
+    async def is_collected() -> bool:
         gc.collect()
         return session() is None
 
     session = await asyncio.create_task(forget())
-    assert await eventually(is_gone)
-    assert told() == life()[:-1]
+    assert await eventually(is_collected)
+    assert logged() == messages()[:-1]
 
 
-async def test_what_has_no_session_is_not_told_of(ctxalchemy: ModuleType, told: Any) -> None:
+async def test_request_without_a_session_is_not_logged(ctxalchemy: ModuleType, logged: Any) -> None:
     async def endpoint() -> Answer:
         return Answer()
 
     await call(ctxalchemy.ASGIHTTPDBSessionMiddleware(bare_app(endpoint)))
-    assert told() == []
+    assert logged() == []
 
 
-async def test_nothing_is_told_above_debug(ctxalchemy: ModuleType, db: Any, caplog: pytest.LogCaptureFixture) -> None:
+async def test_life_of_a_context_is_not_logged_above_debug(
+    ctxalchemy: ModuleType, db: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO, logger="ctxalchemy")
     async with ctxalchemy.new_ctx():
         await add_note(await ctxalchemy.db_session(db), "note")
@@ -122,7 +127,7 @@ async def test_nothing_is_told_above_debug(ctxalchemy: ModuleType, db: Any, capl
 
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["statement", "stream"])
-async def test_a_warning_names_the_task_that_uses_the_session(
+async def test_warning_names_the_task_that_uses_the_session(
     ctxalchemy: ModuleType, schema: Schema, db: Any, caplog: pytest.LogCaptureFixture, streamed: bool
 ) -> None:
     async def write_report() -> None:
@@ -151,8 +156,8 @@ async def test_a_warning_names_the_task_that_uses_the_session(
     assert all(isinstance(result, BaseException) for result in results)
     (warning,) = [record for record in caplog.records if record.name == "ctxalchemy"]
     assert warning.levelno == logging.WARNING
-    # Over asyncpg, a stream does not tell who reads it.
-    unnamed = streamed and "+asyncpg" in schema.url
-    who = "another task" if unnamed else "the task 'report' (test_a_warning_names_the_task"
-    assert f"rolled back or closed while {who}" in warning.getMessage()
+    # Over asyncpg, the task that reads a stream cannot be determined.
+    is_unnamed = streamed and "+asyncpg" in schema.url
+    task_name = "another task" if is_unnamed else "the task 'report' (test_warning_names_the_task"
+    assert f"rolled back or closed while {task_name}" in warning.getMessage()
     assert "run_in_new_ctx()" in warning.getMessage()
