@@ -1,4 +1,4 @@
-"""Faults are survived without help from the garbage collector, over every driver."""
+"""Fixtures of the fault tests: the garbage collector is disabled, and a test can run over each PostgreSQL driver."""
 
 from __future__ import annotations
 
@@ -24,9 +24,8 @@ def no_garbage_collection() -> Iterator[None]:
 
 
 @pytest.fixture(params=["asyncpg", "psycopg"])
-async def driven(ctxalchemy: ModuleType, schema: Schema, request: pytest.FixtureRequest) -> AsyncIterator[Any]:
-    """Like ``connection``, over either driver for PostgreSQL."""
+async def db_per_driver(ctxalchemy: ModuleType, schema: Schema, request: pytest.FixtureRequest) -> AsyncIterator[Any]:
+    """Like ``db``, once over each driver for PostgreSQL."""
     over_psycopg = request.param == "psycopg"
-    made = psycopg_db(ctxalchemy, schema) if over_psycopg else schema.db(ctxalchemy)
-    async with watched(made) as db:
+    async with watched(psycopg_db(ctxalchemy, schema) if over_psycopg else schema.db(ctxalchemy)) as db:
         yield db

@@ -1,4 +1,4 @@
-"""What goes wrong after the response has started: what it promised stays, and nothing is left of the rest."""
+"""A fault after the response start undoes nothing that the response promised, and leaves nothing open."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
     from support.schema import Schema
 
 
-def promising(
+def successful_endpoint(
     ctxalchemy: ModuleType,
     db: Any,
     *,
     background: Callable[[], Awaitable[None]] | None = None,
     stream: Callable[[], AsyncIterator[bytes]] | None = None,
 ) -> Callable[[], Awaitable[Answer]]:
-    """An endpoint that writes a note, and answers with success; then goes on like this."""
+    """An endpoint that writes a note and returns a successful answer with this background task or stream."""
 
     async def endpoint() -> Answer:
         await add_note(await ctxalchemy.db_session(db), "promised")
@@ -53,17 +53,17 @@ def promising(
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("kind", KINDS)
-async def test_what_a_background_task_writes_is_committed(
+async def test_writes_of_a_background_task_are_committed(
     ctxalchemy: ModuleType, schema: Schema, db: Any, kind: Kind, transport: Transport
 ) -> None:
     async def background() -> None:
-        assert await checked_out(db) == 0, "the response has been settled"
+        assert await checked_out(db) == 0, "the context is not completed before the response start"
         assert await schema.notes() == ["promised"]
         await add_note(await ctxalchemy.db_session(db), "in the background")
 
     witness = Witness(
         ctxalchemy,
-        build(kind, ctxalchemy, promising(ctxalchemy, db, background=background)),
+        build(kind, ctxalchemy, successful_endpoint(ctxalchemy, db, background=background)),
         db,
     )
     async with client_of(witness, transport) as client:
@@ -74,7 +74,7 @@ async def test_what_a_background_task_writes_is_committed(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_client_has_its_answer_while_the_background_task_still_works(
+async def test_client_receives_the_response_while_the_background_task_runs(
     ctxalchemy: ModuleType, schema: Schema, db: Any, kind: Kind
 ) -> None:
     gate = Gate()
@@ -85,7 +85,7 @@ async def test_a_client_has_its_answer_while_the_background_task_still_works(
 
     witness = Witness(
         ctxalchemy,
-        build(kind, ctxalchemy, promising(ctxalchemy, db, background=background)),
+        build(kind, ctxalchemy, successful_endpoint(ctxalchemy, db, background=background)),
         db,
     )
     async with client_of(witness, "tcp") as client:
@@ -103,7 +103,7 @@ async def test_a_client_has_its_answer_while_the_background_task_still_works(
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_background_task_that_raises_loses_its_own_writes_only(
+async def test_background_task_that_raises_rolls_back_only_its_own_writes(
     ctxalchemy: ModuleType, schema: Schema, db: Any, kind: Kind, transport: Transport
 ) -> None:
     failure = LookupError("in the background")
@@ -114,7 +114,7 @@ async def test_a_background_task_that_raises_loses_its_own_writes_only(
 
     witness = Witness(
         ctxalchemy,
-        build(kind, ctxalchemy, promising(ctxalchemy, db, background=background)),
+        build(kind, ctxalchemy, successful_endpoint(ctxalchemy, db, background=background)),
         db,
     )
     async with client_of(witness, transport) as client:
@@ -125,7 +125,7 @@ async def test_a_background_task_that_raises_loses_its_own_writes_only(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_background_task_keeps_what_it_committed_before_it_raised(
+async def test_background_task_that_raises_keeps_the_writes_that_it_committed_before(
     ctxalchemy: ModuleType, schema: Schema, db: Any, kind: Kind
 ) -> None:
     failure = LookupError("in the background")
@@ -140,7 +140,7 @@ async def test_a_background_task_keeps_what_it_committed_before_it_raised(
 
     witness = Witness(
         ctxalchemy,
-        build(kind, ctxalchemy, promising(ctxalchemy, db, background=background)),
+        build(kind, ctxalchemy, successful_endpoint(ctxalchemy, db, background=background)),
         db,
     )
     async with client_of(witness) as client:
@@ -150,64 +150,74 @@ async def test_a_background_task_keeps_what_it_committed_before_it_raised(
 
 
 @pytest.mark.parametrize("kind", KINDS[:2])
-async def test_the_commit_of_a_background_task_fails(
-    ctxalchemy: ModuleType, schema: Schema, driven: Any, kind: Kind
+async def test_failed_commit_of_a_background_task_is_raised_to_the_server(
+    ctxalchemy: ModuleType, schema: Schema, db_per_driver: Any, kind: Kind
 ) -> None:
     async def background() -> None:
-        session = await ctxalchemy.db_session(driven)
+        session = await ctxalchemy.db_session(db_per_driver)
         await add_note(session, "lost")
         await break_commit(session)
 
-    witness = Witness(ctxalchemy, build(kind, ctxalchemy, promising(ctxalchemy, driven, background=background)), driven)
+    witness = Witness(
+        ctxalchemy,
+        build(kind, ctxalchemy, successful_endpoint(ctxalchemy, db_per_driver, background=background)),
+        db_per_driver,
+    )
     async with client_of(witness) as client:
         assert (await client.get("/")).status_code == 200
     error = await witness.error()
     assert isinstance(error, IntegrityError)
     assert "child_note_fkey" in str(error)
-    assert witness.statuses == [200], "no second response"
-    await assert_whole(ctxalchemy, schema, driven, notes=["promised"])
+    assert witness.statuses == [200], "a second response was started"
+    await assert_whole(ctxalchemy, schema, db_per_driver, notes=["promised"])
 
 
-async def test_a_background_task_that_swallows_what_aborted_its_transaction_is_heard_of(
-    ctxalchemy: ModuleType, schema: Schema, driven: Any
+async def test_swallowed_error_that_aborted_a_background_transaction_is_raised_to_the_server(
+    ctxalchemy: ModuleType, schema: Schema, db_per_driver: Any
 ) -> None:
     async def background() -> None:
-        session = await ctxalchemy.db_session(driven)
+        session = await ctxalchemy.db_session(db_per_driver)
         await add_note(session, "lost")
         with pytest.raises(IntegrityError):
             await add_note(session, "lost")
 
     witness = Witness(
-        ctxalchemy, build("asgi", ctxalchemy, promising(ctxalchemy, driven, background=background)), driven
+        ctxalchemy,
+        build("asgi", ctxalchemy, successful_endpoint(ctxalchemy, db_per_driver, background=background)),
+        db_per_driver,
     )
     async with client_of(witness) as client:
         assert (await client.get("/")).status_code == 200
     assert isinstance(await witness.error(), DBAPIError)
-    await assert_whole(ctxalchemy, schema, driven, notes=["promised"])
+    await assert_whole(ctxalchemy, schema, db_per_driver, notes=["promised"])
 
 
-@pytest.mark.parametrize("where", ["idle", "in a transaction", "in a statement", "in its commit"])
+@pytest.mark.parametrize("state", ["idle", "in a transaction", "in a statement", "in its commit"])
 @pytest.mark.parametrize("kind", KINDS[:2])
-async def test_a_background_task_that_is_cancelled_loses_its_own_writes_only(
-    ctxalchemy: ModuleType, schema: Schema, driven: Any, kind: Kind, where: str
+async def test_cancelled_background_task_rolls_back_only_its_own_writes(
+    ctxalchemy: ModuleType, schema: Schema, db_per_driver: Any, kind: Kind, state: str
 ) -> None:
     gate = Gate()
 
     async def background() -> None:
-        if where != "idle":
-            await add_note(await ctxalchemy.db_session(driven), "slow and lost")
-        if where == "in a statement":
-            await (await ctxalchemy.db_session(driven)).execute(text("SELECT pg_sleep(10)"))
-        if where != "in its commit":
+        if state != "idle":
+            await add_note(await ctxalchemy.db_session(db_per_driver), "slow and lost")
+        if state == "in a statement":
+            await (await ctxalchemy.db_session(db_per_driver)).execute(text("SELECT pg_sleep(10)"))
+        if state != "in its commit":
             await gate()
 
     async def reached() -> bool:
-        return await sleeping(schema) if where == "in a statement" else gate.arrivals > 0
+        return await sleeping(schema) if state == "in a statement" else gate.arrivals > 0
 
-    witness = Witness(ctxalchemy, build(kind, ctxalchemy, promising(ctxalchemy, driven, background=background)), driven)
+    witness = Witness(
+        ctxalchemy,
+        build(kind, ctxalchemy, successful_endpoint(ctxalchemy, db_per_driver, background=background)),
+        db_per_driver,
+    )
     async with CommitGate.close(schema) as commit:
         request = asyncio.create_task(call(witness))
-        if where == "in its commit":
+        if state == "in its commit":
             await commit.reached()
         else:
             assert await eventually(reached)
@@ -216,17 +226,17 @@ async def test_a_background_task_that_is_cancelled_loses_its_own_writes_only(
             await request
         assert isinstance(await witness.error(), asyncio.CancelledError)
         assert (witness.statuses, witness.body) == ([200], b"done")
-        if where != "in its commit":
-            await assert_whole(ctxalchemy, schema, driven, notes=["promised"])
+        if state != "in its commit":
+            await assert_whole(ctxalchemy, schema, db_per_driver, notes=["promised"])
             return
-        assert await checked_out(driven) == 0
-    # The server only looks for the client when its COMMIT is through, which stands then.
+        assert await checked_out(db_per_driver) == 0
+    # The server detects that the client is gone only after the COMMIT, so the COMMIT may have succeeded.
     assert await schema.settled()
-    await assert_whole(ctxalchemy, schema, driven, notes=["promised", *(await schema.notes())[1:]])
+    await assert_whole(ctxalchemy, schema, db_per_driver, notes=["promised", *(await schema.notes())[1:]])
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_several_background_tasks_until_one_raises(
+async def test_background_task_that_raises_keeps_several_committed_blocks(
     ctxalchemy: ModuleType, schema: Schema, db: Any, kind: Kind
 ) -> None:
     async def background() -> None:
@@ -237,7 +247,7 @@ async def test_several_background_tasks_until_one_raises(
 
     witness = Witness(
         ctxalchemy,
-        build(kind, ctxalchemy, promising(ctxalchemy, db, background=background)),
+        build(kind, ctxalchemy, successful_endpoint(ctxalchemy, db, background=background)),
         db,
     )
     async with client_of(witness) as client:
@@ -247,7 +257,7 @@ async def test_several_background_tasks_until_one_raises(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_the_background_task_of_an_error_response_has_a_transaction_of_its_own(
+async def test_background_task_of_an_error_response_has_its_own_transaction(
     ctxalchemy: ModuleType, schema: Schema, db: Any, kind: Kind
 ) -> None:
     async def background() -> None:
@@ -264,23 +274,27 @@ async def test_the_background_task_of_an_error_response_has_a_transaction_of_its
     await assert_whole(ctxalchemy, schema, db, notes=["failure on record"])
 
 
-async def test_the_server_ends_the_connection_of_a_background_task(
-    ctxalchemy: ModuleType, schema: Schema, driven: Any
+async def test_background_task_whose_connection_is_terminated_raises_to_the_server(
+    ctxalchemy: ModuleType, schema: Schema, db_per_driver: Any
 ) -> None:
     async def background() -> None:
-        await add_note(await ctxalchemy.db_session(driven), "lost")
+        await add_note(await ctxalchemy.db_session(db_per_driver), "lost")
         assert await schema.terminate("idle in transaction") == 1
 
     witness = Witness(
-        ctxalchemy, build("starlette", ctxalchemy, promising(ctxalchemy, driven, background=background)), driven
+        ctxalchemy,
+        build("starlette", ctxalchemy, successful_endpoint(ctxalchemy, db_per_driver, background=background)),
+        db_per_driver,
     )
     async with client_of(witness) as client:
         assert (await client.get("/")).status_code == 200
     assert isinstance(await witness.error(), DBAPIError)
-    await assert_whole(ctxalchemy, schema, driven, notes=["promised"])
+    await assert_whole(ctxalchemy, schema, db_per_driver, notes=["promised"])
 
 
-async def test_a_background_task_in_an_overridden_session_raises(ctxalchemy: ModuleType, schema: Schema) -> None:
+async def test_background_task_with_a_session_subclass_rolls_back_when_it_raises(
+    ctxalchemy: ModuleType, schema: Schema
+) -> None:
     db = db_with(ctxalchemy, schema, OverriddenSession)
     failure = LookupError("in the background")
 
@@ -290,7 +304,7 @@ async def test_a_background_task_in_an_overridden_session_raises(ctxalchemy: Mod
 
     witness = Witness(
         ctxalchemy,
-        build("starlette", ctxalchemy, promising(ctxalchemy, db, background=background)),
+        build("starlette", ctxalchemy, successful_endpoint(ctxalchemy, db, background=background)),
         db,
     )
     async with client_of(witness) as client:
@@ -305,7 +319,7 @@ async def test_a_background_task_in_an_overridden_session_raises(ctxalchemy: Mod
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_stream_reads_what_the_request_wrote(
+async def test_stream_reads_the_writes_of_its_request(
     ctxalchemy: ModuleType, schema: Schema, db: Any, kind: Kind, transport: Transport
 ) -> None:
     async def stream() -> AsyncIterator[bytes]:
@@ -313,7 +327,7 @@ async def test_a_stream_reads_what_the_request_wrote(
             count = await count_notes(await ctxalchemy.db_session(db))
             yield f"{count} ".encode()
 
-    witness = Witness(ctxalchemy, build(kind, ctxalchemy, promising(ctxalchemy, db, stream=stream)), db)
+    witness = Witness(ctxalchemy, build(kind, ctxalchemy, successful_endpoint(ctxalchemy, db, stream=stream)), db)
     async with client_of(witness, transport) as client:
         response = await client.get("/")
         assert await witness.error() is None
@@ -323,7 +337,7 @@ async def test_a_stream_reads_what_the_request_wrote(
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("kind", KINDS)
-async def test_what_a_stream_writes_is_committed(
+async def test_writes_of_a_stream_are_committed(
     ctxalchemy: ModuleType, schema: Schema, db: Any, kind: Kind, transport: Transport
 ) -> None:
     async def stream() -> AsyncIterator[bytes]:
@@ -331,7 +345,7 @@ async def test_what_a_stream_writes_is_committed(
             await add_note(await ctxalchemy.db_session(db), f"streamed {number}")
             yield b"."
 
-    witness = Witness(ctxalchemy, build(kind, ctxalchemy, promising(ctxalchemy, db, stream=stream)), db)
+    witness = Witness(ctxalchemy, build(kind, ctxalchemy, successful_endpoint(ctxalchemy, db, stream=stream)), db)
     async with client_of(witness, transport) as client:
         response = await client.get("/")
         assert await witness.error() is None
@@ -339,12 +353,12 @@ async def test_what_a_stream_writes_is_committed(
     await assert_whole(ctxalchemy, schema, db, notes=["promised", "streamed 0", "streamed 1", "streamed 2"])
 
 
-@pytest.mark.parametrize("how", ["raises", "sends a bad statement", "writes what cannot be committed"])
+@pytest.mark.parametrize("how", ["raises", "executes an invalid statement", "violates a deferred constraint"])
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_stream_that_fails_half_way_loses_its_own_writes_only(
+async def test_stream_that_fails_rolls_back_only_its_own_writes(
     ctxalchemy: ModuleType, schema: Schema, db: Any, kind: Kind, how: str
 ) -> None:
-    failure = LookupError("half-way")
+    failure = LookupError("in the stream")
 
     async def stream() -> AsyncIterator[bytes]:
         session = await ctxalchemy.db_session(db)
@@ -352,11 +366,11 @@ async def test_a_stream_that_fails_half_way_loses_its_own_writes_only(
         yield b"half"
         if how == "raises":
             raise failure
-        if how == "sends a bad statement":
+        if how == "executes an invalid statement":
             await session.execute(text("SELECT no_such_column FROM note"))
         await break_commit(session)
 
-    witness = Witness(ctxalchemy, build(kind, ctxalchemy, promising(ctxalchemy, db, stream=stream)), db)
+    witness = Witness(ctxalchemy, build(kind, ctxalchemy, successful_endpoint(ctxalchemy, db, stream=stream)), db)
     async with client_of(witness, "tcp") as client:
         received = b""
         status = 0
@@ -368,14 +382,14 @@ async def test_a_stream_that_fails_half_way_loses_its_own_writes_only(
                 async for chunk in response.aiter_raw():
                     received += chunk
 
-        if how == "writes what cannot be committed":
-            await read()  # The body was complete; its own commit came after it.
+        if how == "violates a deferred constraint":
+            await read()  # The body is complete; the commit of the stream follows it.
         else:
             with pytest.raises(httpx.RemoteProtocolError, match="incomplete"):
                 await read()
         error = await witness.error()
     assert (status, received) == (200, b"half")
-    expected = {"raises": LookupError, "sends a bad statement": DBAPIError}
+    expected = {"raises": LookupError, "executes an invalid statement": DBAPIError}
     assert isinstance(error, expected.get(how, IntegrityError))
     assert how != "raises" or error is failure
     await assert_whole(ctxalchemy, schema, db, notes=["promised"])
@@ -391,53 +405,57 @@ async def raw_client(url: str) -> AsyncIterator[tuple[asyncio.StreamReader, asyn
         writer.close()
 
 
-@pytest.mark.parametrize("where", ["between transactions", "in a transaction", "in a statement"])
+@pytest.mark.parametrize("state", ["between transactions", "in a transaction", "in a statement"])
 @pytest.mark.parametrize("kind", KINDS[:2])
-async def test_the_client_cuts_a_stream_off(
-    ctxalchemy: ModuleType, schema: Schema, driven: Any, kind: Kind, where: str
+async def test_stream_whose_client_disconnects_keeps_its_committed_writes(
+    ctxalchemy: ModuleType, schema: Schema, db_per_driver: Any, kind: Kind, state: str
 ) -> None:
-    """Starlette cancels the stream then, at any await; in pure ASGI it goes on, to nobody."""
+    """Starlette cancels the stream, at any await; a stream in pure ASGI runs to its end, without a client."""
     gate = Gate()
-    gone = asyncio.Event()
+    finished = asyncio.Event()
 
     async def stream() -> AsyncIterator[bytes]:
-        async with ctxalchemy.atomic_db_session(driven) as session:
+        async with ctxalchemy.atomic_db_session(db_per_driver) as session:
             await add_note(session, "streamed")
         yield b"half"
-        session = await ctxalchemy.db_session(driven)
-        if where == "in a transaction":
+        session = await ctxalchemy.db_session(db_per_driver)
+        if state == "in a transaction":
             await count_notes(session)
-        if where == "in a statement":
+        if state == "in a statement":
             await session.execute(text("SELECT pg_sleep(0.3)"))
-        if where != "in a statement":
+        if state != "in a statement":
             await gate()
         for _ in range(20):
-            yield b"to nobody"
-        gone.set()
+            yield b"without a client"
+        finished.set()
 
-    async def under_way() -> bool:
-        return await sleeping(schema) if where == "in a statement" else gate.arrivals > 0
+    async def stream_is_waiting() -> bool:
+        return await sleeping(schema) if state == "in a statement" else gate.arrivals > 0
 
-    witness = Witness(ctxalchemy, build(kind, ctxalchemy, promising(ctxalchemy, driven, stream=stream)), driven)
+    witness = Witness(
+        ctxalchemy,
+        build(kind, ctxalchemy, successful_endpoint(ctxalchemy, db_per_driver, stream=stream)),
+        db_per_driver,
+    )
     async with serve(witness) as url:
         async with raw_client(url) as (reader, writer):
             await reader.readuntil(b"half")
-            assert await eventually(under_way)
+            assert await eventually(stream_is_waiting)
             writer.transport.abort()
             await asyncio.sleep(0.05)
             gate.open()
         error = await witness.error()
-    assert gone.is_set() is (kind == "asgi")
-    # What a statement that was cut off leaves behind cannot be committed, which the server hears of.
-    assert error is None or (where == "in a statement" and isinstance(error, DBAPIError | PendingRollbackError))
-    await assert_whole(ctxalchemy, schema, driven, notes=["promised", "streamed"])
+    assert finished.is_set() is (kind == "asgi")
+    # The transaction of an interrupted statement cannot be committed; the server receives the error.
+    assert error is None or (state == "in a statement" and isinstance(error, DBAPIError | PendingRollbackError))
+    await assert_whole(ctxalchemy, schema, db_per_driver, notes=["promised", "streamed"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_the_client_cuts_a_stream_off_in_the_middle_of_a_block(
+async def test_client_that_disconnects_during_an_atomic_block_of_a_stream(
     ctxalchemy: ModuleType, schema: Schema, db: Any, kind: Kind
 ) -> None:
-    """The block is rolled back where it is cancelled, as Starlette does, and committed where it goes on to its end."""
+    """The block is rolled back if it is cancelled, as Starlette does, and committed if it runs to its end."""
     gate = Gate()
 
     async def stream() -> AsyncIterator[bytes]:
@@ -447,7 +465,7 @@ async def test_the_client_cuts_a_stream_off_in_the_middle_of_a_block(
             await gate()
             await add_note(session, "second half")
 
-    witness = Witness(ctxalchemy, build(kind, ctxalchemy, promising(ctxalchemy, db, stream=stream)), db)
+    witness = Witness(ctxalchemy, build(kind, ctxalchemy, successful_endpoint(ctxalchemy, db, stream=stream)), db)
     async with serve(witness) as url:
         async with raw_client(url) as (reader, writer):
             await reader.readuntil(b"half")
@@ -461,7 +479,7 @@ async def test_the_client_cuts_a_stream_off_in_the_middle_of_a_block(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_stream_that_is_idle_pins_no_connection(
+async def test_idle_stream_has_no_connection_checked_out(
     ctxalchemy: ModuleType, schema: Schema, db: Any, kind: Kind
 ) -> None:
     gates = [Gate(), Gate(), Gate()]
@@ -473,7 +491,7 @@ async def test_a_stream_that_is_idle_pins_no_connection(
                 await add_note(session, f"streamed {number}")
             yield b"."
 
-    witness = Witness(ctxalchemy, build(kind, ctxalchemy, promising(ctxalchemy, db, stream=stream)), db)
+    witness = Witness(ctxalchemy, build(kind, ctxalchemy, successful_endpoint(ctxalchemy, db, stream=stream)), db)
     async with client_of(witness, "tcp") as client:
         request = asyncio.create_task(client.get("/"))
         for gate in gates:
@@ -505,13 +523,13 @@ async def test_many_idle_streams_share_a_pool_of_one(
         await count_notes(await ctxalchemy.db_session(db))
         return Answer(stream=stream())
 
-    async def all_idle() -> bool:
+    async def all_streams_wait() -> bool:
         return gate.arrivals == 20
 
     witness = Witness(ctxalchemy, build(kind, ctxalchemy, endpoint))
     async with client_of(witness, "tcp") as client:
         requests = [asyncio.create_task(client.get("/")) for _ in range(20)]
-        assert await eventually(all_idle)
+        assert await eventually(all_streams_wait)
         assert await checked_out(db) == 0
         gate.open()
         responses = await asyncio.gather(*requests)
@@ -521,28 +539,32 @@ async def test_many_idle_streams_share_a_pool_of_one(
 
 
 @pytest.mark.parametrize("kind", KINDS[:2])
-async def test_the_server_ends_the_connection_of_a_stream(
-    ctxalchemy: ModuleType, schema: Schema, driven: Any, kind: Kind
+async def test_stream_whose_connection_is_terminated_raises_to_the_server(
+    ctxalchemy: ModuleType, schema: Schema, db_per_driver: Any, kind: Kind
 ) -> None:
     async def stream() -> AsyncIterator[bytes]:
-        session = await ctxalchemy.db_session(driven)
+        session = await ctxalchemy.db_session(db_per_driver)
         await add_note(session, "lost")
         yield b"half"
         assert await schema.terminate("idle in transaction") == 1
         await count_notes(session)
         yield b"never"
 
-    witness = Witness(ctxalchemy, build(kind, ctxalchemy, promising(ctxalchemy, driven, stream=stream)), driven)
+    witness = Witness(
+        ctxalchemy,
+        build(kind, ctxalchemy, successful_endpoint(ctxalchemy, db_per_driver, stream=stream)),
+        db_per_driver,
+    )
     async with client_of(witness, "tcp") as client:
         with pytest.raises(httpx.RemoteProtocolError):
             await client.get("/")
         assert isinstance(await witness.error(), DBAPIError)
     assert witness.body == b"half"
-    await assert_whole(ctxalchemy, schema, driven, notes=["promised"])
+    await assert_whole(ctxalchemy, schema, db_per_driver, notes=["promised"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_stream_over_a_server_side_cursor_is_cut_off_by_the_client(
+async def test_client_that_disconnects_while_a_server_side_cursor_is_read(
     ctxalchemy: ModuleType, schema: Schema, db: Any, kind: Kind
 ) -> None:
     gate = Gate()
@@ -556,7 +578,7 @@ async def test_a_stream_over_a_server_side_cursor_is_cut_off_by_the_client(
             if number > 2000:
                 return
 
-    witness = Witness(ctxalchemy, build(kind, ctxalchemy, promising(ctxalchemy, db, stream=stream)), db)
+    witness = Witness(ctxalchemy, build(kind, ctxalchemy, successful_endpoint(ctxalchemy, db, stream=stream)), db)
     async with serve(witness) as url:
         async with raw_client(url) as (reader, writer):
             await reader.readuntil(b"99 ")
@@ -568,13 +590,13 @@ async def test_a_stream_over_a_server_side_cursor_is_cut_off_by_the_client(
     await assert_whole(ctxalchemy, schema, db, notes=["promised"])
 
 
-# --- other errors ------------------------------------------------------------------------------------
+# --- other faults ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("status", [200, 404])
-@pytest.mark.parametrize("begun", [False, True], ids=["idle", "in a transaction"])
-async def test_an_exception_after_response_start(
-    ctxalchemy: ModuleType, schema: Schema, db: Any, status: int, begun: bool
+@pytest.mark.parametrize("in_transaction", [False, True], ids=["idle", "in a transaction"])
+async def test_exception_after_response_start_rolls_back_only_later_writes(
+    ctxalchemy: ModuleType, schema: Schema, db: Any, status: int, in_transaction: bool
 ) -> None:
     failure = LookupError("after the start")
 
@@ -582,7 +604,7 @@ async def test_an_exception_after_response_start(
         session = await ctxalchemy.db_session(db)
         await add_note(session, "promised")
         await send({"type": "http.response.start", "status": status, "headers": []})
-        if begun:
+        if in_transaction:
             await add_note(session, "lost")
         raise failure
 
@@ -595,23 +617,23 @@ async def test_an_exception_after_response_start(
     await assert_whole(ctxalchemy, schema, db, notes=["promised"] if status == 200 else [])
 
 
-async def test_the_server_cannot_send_the_start_of_the_response(
+async def test_writes_stay_committed_if_the_response_start_cannot_be_sent(
     ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
-    """The client is gone; what was committed for it stays, and nothing is left open."""
-    failure = OSError("the client is gone")
+    """The client has disconnected: the writes stay committed, and nothing is left open."""
+    failure = OSError("the client has disconnected")
 
     async def fail(_message: Any) -> None:
         raise failure
 
-    witness = Witness(ctxalchemy, build("asgi", ctxalchemy, promising(ctxalchemy, db)), db, on_start=fail)
-    with pytest.raises(OSError, match="the client is gone"):
+    witness = Witness(ctxalchemy, build("asgi", ctxalchemy, successful_endpoint(ctxalchemy, db)), db, on_start=fail)
+    with pytest.raises(OSError, match="the client has disconnected"):
         await call(witness)
     assert await witness.error() is failure
     await assert_whole(ctxalchemy, schema, db, notes=["promised"])
 
 
-async def test_the_application_returns_in_the_middle_of_a_transaction_after_response_start(
+async def test_transaction_that_is_open_when_the_application_returns_is_committed(
     ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     async def app(_scope: Any, _receive: Any, send: Any) -> None:
@@ -634,7 +656,7 @@ BODY = "http.response.body"
 
 
 @pytest.mark.parametrize(
-    ("rest", "whole"),
+    ("rest", "complete"),
     [
         ([{"type": BODY}], True),
         ([{"type": BODY, "body": b"a", "more_body": True}, {"type": BODY, "body": b"b", "more_body": False}], True),
@@ -649,8 +671,8 @@ BODY = "http.response.body"
         ([{"type": BODY, "more_body": True}, {"type": "http.response.trailers", "headers": []}], False),
     ],
 )
-async def test_what_is_written_after_response_start_stays_where_the_response_came_to_its_end(
-    ctxalchemy: ModuleType, schema: Schema, db: Any, rest: list[dict[str, Any]], whole: bool
+async def test_writes_after_response_start_are_committed_only_if_the_response_is_complete(
+    ctxalchemy: ModuleType, schema: Schema, db: Any, rest: list[dict[str, Any]], complete: bool
 ) -> None:
     messages = [{"type": "http.response.start", "status": 200, "headers": []}, *rest]
 
@@ -659,25 +681,25 @@ async def test_what_is_written_after_response_start_stays_where_the_response_cam
             await send(message)
         await add_note(await ctxalchemy.db_session(db), "late")
 
-    # No server at hand knows all of these messages.
+    # No available server supports all of these messages.
     assert await call(ctxalchemy.ASGIHTTPDBSessionMiddleware(app)) == messages
-    await assert_whole(ctxalchemy, schema, db, notes=["late"] if whole else [])
+    await assert_whole(ctxalchemy, schema, db, notes=["late"] if complete else [])
 
 
-@pytest.mark.parametrize("whole", [True, False])
-async def test_a_message_is_read_when_it_is_sent_and_not_later(
-    ctxalchemy: ModuleType, schema: Schema, db: Any, whole: bool
+@pytest.mark.parametrize("complete", [True, False])
+async def test_message_is_evaluated_when_it_is_sent(
+    ctxalchemy: ModuleType, schema: Schema, db: Any, complete: bool
 ) -> None:
-    """A middleware further out, or the application, may change it, or use it again for the next."""
+    """An outer middleware, or the application, may change a message later, or use it again for the next one."""
 
     async def change(message: dict[str, Any]) -> None:
         if message["type"] == BODY:
-            message["more_body"] = whole
+            message["more_body"] = complete
 
     async def app(_scope: Any, _receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": BODY, "body": b"a", "more_body": not whole})
+        await send({"type": BODY, "body": b"a", "more_body": not complete})
         await add_note(await ctxalchemy.db_session(db), "late")
 
     await call(ctxalchemy.ASGIHTTPDBSessionMiddleware(app), change)
-    await assert_whole(ctxalchemy, schema, db, notes=["late"] if whole else [])
+    await assert_whole(ctxalchemy, schema, db, notes=["late"] if complete else [])

@@ -1,6 +1,6 @@
-"""Hundreds of requests of random shape at once, with random faults: afterwards the ledger balances.
+"""Hundreds of concurrent random requests with random faults neither lose, invent nor leak anything.
 
-The seed is printed; ``SOAK_SEED`` replays it.  ``tests/soak.py`` does the same for as long as you like.
+The test prints its seed.  Set ``SOAK_SEED`` to repeat a run.  ``tests/soak.py`` does the same for any length of time.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ SECONDS = 6.0
 
 
 @pytest.fixture(autouse=True)
-def no_log() -> Iterator[None]:
-    """What is logged, pytest keeps, with the tracebacks and all that these keep alive."""
+def no_logging() -> Iterator[None]:
+    """Disable logging: pytest keeps the log records, and with them the tracebacks and every object in their frames."""
     logging.disable(logging.CRITICAL)
     yield
     logging.disable(logging.NOTSET)
 
 
-@needs_asyncpg  # See Soak: psycopg does not survive it.
-async def test_after_random_faults_the_ledger_balances(ctxalchemy: ModuleType, postgres_url: str) -> None:
-    """Every write that was answered with success is there, none that failed is; nothing leaks, nothing grows."""
+@needs_asyncpg  # ``Soak`` explains why psycopg is not used.
+async def test_ledger_balances_after_random_faults(ctxalchemy: ModuleType, postgres_url: str) -> None:
+    """Every write of a successful request is there, and no write of a failed one; nothing leaks, memory does not grow."""
     seed = int(os.environ.get("SOAK_SEED") or SystemRandom().randrange(2**32))
     print(f"SOAK_SEED={seed}")
     deadline = monotonic() + SECONDS
@@ -41,8 +41,8 @@ async def test_after_random_faults_the_ledger_balances(ctxalchemy: ModuleType, p
             await soak.round()
     print(soak.happened)
     for what in ("answered with 200", "answered with 500", "answered with None", "terminated by the server"):
-        assert soak.happened[what], f"the faults were none: {what}"
+        assert soak.happened[what], f"this never happened: {what}"
     for what in ("cut off over TCP", "cancelled in process", "late, and refused", "raised PartialCommitError"):
-        assert soak.happened[what], f"the faults were none: {what}"
+        assert soak.happened[what], f"this never happened: {what}"
     # The first rounds fill caches.
     assert soak.sizes[-1] < soak.sizes[1] * 1.05, f"memory grows: {soak.sizes}"
