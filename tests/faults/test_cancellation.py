@@ -1,7 +1,7 @@
-"""A request that is cancelled at any point at which it waits leaves nothing behind.
+"""A request that is cancelled at any of its suspension points leaves nothing open.
 
-Each request is run over and over, cancelled at the first point, the second, and so on, until it runs
-through.  ``support.cancelling`` says in which manners.
+Each request runs repeatedly.  The first run is cancelled at its first suspension point, the next run at its second
+one, and so on, until a run ends before it is cancelled.  ``support.cancelling`` lists the manners of cancellation.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ Endpoint = Callable[[], Awaitable[Answer]]
 
 
 class World:
-    """What a request works with, and what it was seen to do.
+    """The databases that a request uses, and a record of its commits and responses.
 
-    The n-th commit on the connection called ``first`` writes the note ``first n``.
+    The n-th commit to the database ``first`` writes the note ``first n``.
     """
 
-    def __init__(self, ctxalchemy: ModuleType, schema: Schema, connect: Any = None) -> None:
+    def __init__(self, ctxalchemy: ModuleType, schema: Schema, create_db: Any = None) -> None:
         self.ctxalchemy = ctxalchemy
         self.schema = schema
-        self._connect = connect or (lambda ctxalchemy, schema: schema.db(ctxalchemy))
+        self._create_db = create_db or (lambda ctxalchemy, schema: schema.db(ctxalchemy))
         self.first = self.db("first")
         self.second = self.db("second")
         self.commits: Counter[str] = Counter()
@@ -55,11 +55,11 @@ class World:
         self.uses_second = False
         self.checked = 0
         self.raised: LookupError | None = None
-        self.context_kept: bool | None = None
+        self.context_restored: bool | None = None
 
     def db(self, name: str, **options: Any) -> Any:
-        """A connection with a pool of one, whose COMMITs are counted as they go out."""
-        plain = self._connect(self.ctxalchemy, self.schema)
+        """A database with a pool of one, whose COMMITs are counted when they are sent."""
+        plain = self._create_db(self.ctxalchemy, self.schema)
 
         def create_engine(host: str) -> AsyncEngine:
             engine: AsyncEngine = plain.engine_creator(host)
@@ -71,7 +71,7 @@ class World:
 
     @property
     def databases(self) -> list[Any]:
-        """Those that the request uses."""
+        """The databases that the request uses."""
         return [self.first, self.second] if self.uses_second else [self.first]
 
     async def session(self, db: Any = None) -> AsyncSession:
@@ -102,14 +102,14 @@ class Shape:
     """A request.
 
     Args:
-        request: runs it.
-        notes: what it commits.
-        status: what it answers.
-        error: what it raises.
-        points: at how many points it waits at least.
-        opens: it opens its database connections anew.
-        held: the only database connection is in use by somebody else when it begins.
-        handler: a slow ``before_create_session_handler``.
+        request: runs the request.
+        notes: the notes that it commits.
+        status: the status of its response.
+        error: the error that it raises.
+        points: the least number of suspension points.
+        reconnects: its pools are empty when it begins.
+        pool_in_use: the only connection of the pool is checked out by another task when it begins.
+        handler: it has a slow ``before_create_session_handler``.
         maker: the options of another session maker.
     """
 
@@ -118,8 +118,8 @@ class Shape:
     status: int | None = 200
     error: type[Exception] | None = None
     points: int = 3
-    opens: bool = False
-    held: bool = False
+    reconnects: bool = False
+    pool_in_use: bool = False
     handler: bool = False
     maker: dict[str, Any] = field(default_factory=dict)
 
@@ -139,7 +139,7 @@ def shape(**options: Any) -> Callable[[Request], Request]:
 
 
 @shape()
-async def waits_in_its_handler(world: World) -> None:
+async def waits_in_its_endpoint(world: World) -> None:
     async def endpoint() -> Answer:
         await world.add("first 1")
         await asyncio.sleep(0.001)
@@ -148,18 +148,18 @@ async def waits_in_its_handler(world: World) -> None:
     await world.serve(endpoint)
 
 
-@shape(opens=True, points=10)
-async def opens_its_database_connection(world: World) -> None:
-    await waits_in_its_handler(world)
+@shape(reconnects=True, points=10)
+async def opens_its_connection(world: World) -> None:
+    await waits_in_its_endpoint(world)
 
 
-@shape(held=True)
+@shape(pool_in_use=True)
 async def waits_for_the_pool(world: World) -> None:
-    await waits_in_its_handler(world)
+    await waits_in_its_endpoint(world)
 
 
 @shape()
-async def is_in_a_slow_statement(world: World) -> None:
+async def executes_a_slow_statement(world: World) -> None:
     async def endpoint() -> Answer:
         session = await world.session()
         await add_note(session, "first 1")
@@ -170,7 +170,7 @@ async def is_in_a_slow_statement(world: World) -> None:
 
 
 @shape(notes=("first 1", "slow 1"))
-async def is_in_a_slow_commit(world: World) -> None:
+async def commits_slowly(world: World) -> None:
     async def endpoint() -> Answer:
         await world.add("first 1")
         await world.add("slow 1")
@@ -193,7 +193,7 @@ async def raises(world: World) -> None:
     async def endpoint() -> Answer:
         await world.add("undone")
         await world.add("undone too", world.second)
-        raise LookupError("on the way")
+        raise LookupError("in the endpoint")
 
     await world.serve(endpoint)
 
@@ -254,7 +254,7 @@ async def is_served_by_fastapi(world: World) -> None:
 
 
 @shape()
-async def goes_through_the_dispatch_function(world: World) -> None:
+async def uses_the_dispatch_function(world: World) -> None:
     async def serve_request(_request: Any) -> Any:
         await world.add("first 1")
         return Answer().as_response()
@@ -278,12 +278,12 @@ async def is_a_websocket(world: World) -> None:
 
 
 @shape(handler=True)
-async def has_a_slow_handler_before_its_session(world: World) -> None:
-    await waits_in_its_handler(world)
+async def has_a_slow_before_create_session_handler(world: World) -> None:
+    await waits_in_its_endpoint(world)
 
 
 @shape(handler=True, points=8)
-async def asks_for_its_first_session_in_several_tasks(world: World) -> None:
+async def creates_its_first_session_in_several_tasks(world: World) -> None:
     async def endpoint() -> Answer:
         sessions = await asyncio.gather(*(world.session() for _ in range(3)))
         assert len(set(map(id, sessions))) == 1
@@ -294,21 +294,21 @@ async def asks_for_its_first_session_in_several_tasks(world: World) -> None:
 
 
 @shape(maker={"class_": OverriddenSession, "info": {"journal": []}})
-async def has_a_session_that_overrides_how_it_ends(world: World) -> None:
-    await waits_in_its_handler(world)
+async def uses_a_session_subclass(world: World) -> None:
+    await waits_in_its_endpoint(world)
 
 
 @shape(notes=(), status=None, error=LookupError, maker={"class_": OverriddenSession, "info": {"journal": []}})
-async def raises_with_a_session_that_overrides_how_it_ends(world: World) -> None:
+async def raises_with_a_session_subclass(world: World) -> None:
     async def endpoint() -> Answer:
         await world.add("undone")
-        raise LookupError("on the way")
+        raise LookupError("in the endpoint")
 
     await world.serve(endpoint)
 
 
 @shape(status=None)
-async def is_in_run_in_new_ctx(world: World) -> None:
+async def uses_run_in_new_ctx(world: World) -> None:
     async def work() -> None:
         await world.add("first 1")
         await asyncio.sleep(0)
@@ -317,14 +317,14 @@ async def is_in_run_in_new_ctx(world: World) -> None:
 
 
 @shape(notes=("first 1", "second 1"), status=None)
-async def is_in_new_ctx(world: World) -> None:
+async def uses_new_ctx(world: World) -> None:
     async with world.ctxalchemy.new_ctx():
         await world.add("first 1")
         await world.add("second 1", world.second)
 
 
 @shape(notes=("first 1", "first 2", "first 3"), status=None)
-async def is_in_atomic_db_session(world: World) -> None:
+async def uses_atomic_db_session(world: World) -> None:
     async with world.ctxalchemy.new_ctx():
         await world.add("first 1")
         async with world.ctxalchemy.atomic_db_session(world.first, "commit") as session:
@@ -335,19 +335,19 @@ async def is_in_atomic_db_session(world: World) -> None:
 
 
 @shape(status=None)
-async def is_in_new_non_ctx_atomic_session(world: World) -> None:
+async def uses_new_non_ctx_atomic_session(world: World) -> None:
     async with world.ctxalchemy.new_non_ctx_atomic_session(world.first) as session:
         await add_note(session, "first 1")
 
 
 @shape(notes=(), status=None)
-async def closes_a_session_that_is_in_a_transaction(world: World) -> None:
+async def closes_a_session_in_a_transaction(world: World) -> None:
     async with world.ctxalchemy.new_non_ctx_session(world.first) as session:
         await add_note(session, "undone")
 
 
 @shape(status=None)
-async def opens_and_resets_its_context_by_hand(world: World) -> None:
+async def opens_and_resets_its_own_context(world: World) -> None:
     package = world.ctxalchemy
     token = package.init_db_session_ctx()
     try:
@@ -364,13 +364,13 @@ async def opens_and_resets_its_context_by_hand(world: World) -> None:
 
 
 @shape(status=None)
-async def is_in_a_test_context(world: World) -> None:
+async def runs_in_a_test_context(world: World) -> None:
     async with world.ctxalchemy.testing.set_test_context(auto_close=True):
         await world.add("first 1")
 
 
 @shape(notes=(), status=None, points=6)
-async def is_in_a_rollback_session(world: World) -> None:
+async def uses_a_rollback_session(world: World) -> None:
     testing = world.ctxalchemy.testing
     async with (
         testing.rollback_session(world.first) as session,
@@ -395,7 +395,7 @@ async def calls_another_application_in_process(world: World) -> None:
     await world.serve(endpoint)
 
 
-# --- what is checked ---------------------------------------------------------------------------------
+# --- the checks --------------------------------------------------------------------------------------
 
 
 @asynccontextmanager
@@ -403,7 +403,7 @@ async def prepared(world: World, shape: Shape) -> AsyncIterator[None]:
     options: dict[str, Any] = {}
     if shape.handler:
 
-        async def handler(_connection: Any) -> None:
+        async def handler(_db: Any) -> None:
             await asyncio.sleep(0)
             await asyncio.sleep(0.001)
 
@@ -433,30 +433,30 @@ async def cancel_everywhere(world: World, shape: Shape, manner: Manner, check: C
     ctxalchemy, schema = world.ctxalchemy, world.schema
     async with prepared(world, shape):
         await assert_whole(ctxalchemy, schema, world.first, world.second, notes=[])
-        holder: asyncio.Task[None] | None = None
+        other_task: asyncio.Task[None] | None = None
         turns = count()
 
-        async def hold() -> None:
+        async def check_out() -> None:
             async with ctxalchemy.new_non_ctx_session(world.first) as session:
                 await session.connection()
                 await asyncio.sleep(0.01)
 
         async def before() -> None:
-            nonlocal holder
+            nonlocal other_task
             if not HAS_REFERENCE_COUNTS and next(turns) % 8 == 0:
-                # A connection that psycopg was still opening is closed by its finalizer: the server would run out of
-                # them.
+                # psycopg closes a connection that it was still opening only in its finalizer.  Without this
+                # collection the server would run out of connections.
                 gc.collect()
             await schema.observer.execute("DELETE FROM note")
-            if shape.opens:
+            if shape.reconnects:
                 for db in world.databases:
                     await db.close()
-            if shape.held:
-                holder = asyncio.create_task(hold())
+            if shape.pool_in_use:
+                other_task = asyncio.create_task(check_out())
                 assert await eventually(lambda: checked_out(world.first))
             world.commits.clear()
             world.answers.clear()
-            world.raised = world.context_kept = None
+            world.raised = world.context_restored = None
 
         async def request() -> None:
             outer = ctxalchemy._backend.current_context()
@@ -466,69 +466,69 @@ async def cancel_everywhere(world: World, shape: Shape, manner: Manner, check: C
                 world.raised = error
                 raise
             finally:
-                world.context_kept = ctxalchemy._backend.current_context() is outer
+                world.context_restored = ctxalchemy._backend.current_context() is outer
 
         async def check_run(run: Run) -> None:
-            if holder is not None:
-                await holder
+            if other_task is not None:
+                await other_task
             await check(world, run)
 
         assert await sweep(manner, request, check_run, before=before, step=3) >= shape.points
 
 
-def story(error: BaseException | None) -> str:
-    """All that an error tells, with the errors that it came of."""
+def messages_of(error: BaseException | None) -> str:
+    """The representation, message and notes of an error, and of each of its causes and contexts."""
     if error is None:
         return ""
-    told = [repr(error), str(error), *getattr(error, "__notes__", [])]
-    return "\n".join([*told, story(error.__cause__), story(error.__context__)])
+    messages = [repr(error), str(error), *getattr(error, "__notes__", [])]
+    return "\n".join([*messages, messages_of(error.__cause__), messages_of(error.__context__)])
 
 
-async def assert_nothing_left(world: World, shape: Shape, run: Run) -> None:
-    """Nothing is left of the run, and what is committed is what may be."""
+async def assert_nothing_open(world: World, shape: Shape, run: Run) -> None:
+    """The run has left nothing open, and has committed only the notes that it may commit."""
     commits, answers = world.commits.copy(), list(world.answers)
     left = [await checked_out(db) for db in world.databases]
     assert not any(left)
-    assert world.context_kept
+    assert world.context_restored
     assert await world.schema.settled()
     notes = await world.schema.notes()
     for note in shape.notes:
-        db, number = note.replace("slow", "first").split()
-        if commits[db] > int(number) or (not run.cancellations and shape.error is None):
-            assert note in notes, "a commit that was through is lost"
-        elif commits[db] < int(number):
-            assert note not in notes, "it is committed without a COMMIT"
+        name, number = note.replace("slow", "first").split()
+        if commits[name] > int(number) or (not run.cancellations and shape.error is None):
+            assert note in notes, "a note is missing although its COMMIT succeeded"
+        elif commits[name] < int(number):
+            assert note not in notes, "a note is committed without a COMMIT"
     if answers and answers[0] < 400 and shape.status is not None:
         assert set(notes) >= {note for note in shape.notes if note in ("first 1", "slow 1", "second 1")}
     assert set(notes) <= set(shape.notes)
     assert world.ctxalchemy.is_context_initiated() is False
     if world.checked != run.point:
-        # Of the other runs, the next run is the next request.
+        # After the other runs at this point, the next run shows that the next request succeeds.
         world.checked = run.point
         await assert_whole(world.ctxalchemy, world.schema, *world.databases, notes=notes)
 
 
 MANNERS: tuple[Manner, ...] = ("late", "again", "scope")
-"""``again`` ends with a run that is cancelled once, at each point."""
+"""``once`` is not needed: at each point, the last run of ``again`` is cancelled only once."""
 
-SHUT_DOWN = (
-    "waits_in_its_handler",
-    "opens_its_database_connection",
+CANCELLED_WITH_EVERYTHING = (
+    "waits_in_its_endpoint",
+    "opens_its_connection",
     "waits_for_the_pool",
-    "is_in_a_slow_commit",
+    "commits_slowly",
     "raises",
     "uses_two_databases",
     "rolls_back_two_databases",
-    "goes_through_the_dispatch_function",
-    "is_in_run_in_new_ctx",
-    "is_in_new_ctx",
+    "uses_the_dispatch_function",
+    "uses_run_in_new_ctx",
+    "uses_new_ctx",
 )
-BY_ITS_DRIVER = (
-    "waits_in_its_handler",
-    "opens_its_database_connection",
+OVER_PSYCOPG = (
+    "waits_in_its_endpoint",
+    "opens_its_connection",
     "waits_for_the_pool",
-    "is_in_a_slow_statement",
-    "is_in_a_slow_commit",
+    "executes_a_slow_statement",
+    "commits_slowly",
     "uses_two_databases",
 )
 
@@ -536,31 +536,31 @@ BY_ITS_DRIVER = (
 def check_of(shape: Shape, manner: Manner) -> Check:
     async def check(world: World, run: Run) -> None:
         if run.cancellations:
-            assert type(run.error) is asyncio.CancelledError, "it is another error"
+            assert type(run.error) is asyncio.CancelledError, "another error was raised"
             if world.raised is not None and manner != "scope":
-                assert "on the way" in story(run.error), "the first error is lost"
+                assert "in the endpoint" in messages_of(run.error), "the first error is masked"
         elif shape.error is not None:
             assert run.error is world.raised
         else:
             assert run.error is None
             assert world.answers == ([] if shape.status is None else [shape.status])
         assert run.complaints == []
-        await assert_nothing_left(world, shape, run)
+        await assert_nothing_open(world, shape, run)
 
     return check
 
 
 @pytest.mark.parametrize("manner", MANNERS)
 @pytest.mark.parametrize("name", SHAPES)
-async def test_a_request_that_is_cancelled_leaves_nothing_behind(
+async def test_cancelled_request_leaves_nothing_open(
     ctxalchemy: ModuleType, schema: Schema, name: str, manner: Manner
 ) -> None:
     shape = SHAPES[name]
     await cancel_everywhere(World(ctxalchemy, schema), shape, manner, check_of(shape, manner))
 
 
-@pytest.mark.parametrize("name", SHUT_DOWN)
-async def test_a_request_whose_clean_up_is_cancelled_with_everything_else_leaves_nothing_behind(
+@pytest.mark.parametrize("name", CANCELLED_WITH_EVERYTHING)
+async def test_request_whose_clean_up_tasks_are_cancelled_too_leaves_nothing_open(
     ctxalchemy: ModuleType, schema: Schema, name: str
 ) -> None:
     shape = SHAPES[name]
@@ -568,8 +568,8 @@ async def test_a_request_whose_clean_up_is_cancelled_with_everything_else_leaves
 
 
 @pytest.mark.parametrize("manner", ["again", "scope"])
-@pytest.mark.parametrize("name", BY_ITS_DRIVER)
-async def test_a_request_that_is_cancelled_over_psycopg_leaves_nothing_behind(
+@pytest.mark.parametrize("name", OVER_PSYCOPG)
+async def test_cancelled_request_over_psycopg_leaves_nothing_open(
     ctxalchemy: ModuleType, schema: Schema, name: str, manner: Manner
 ) -> None:
     shape = SHAPES[name]
@@ -581,26 +581,26 @@ async def test_a_request_that_is_cancelled_over_psycopg_leaves_nothing_behind(
 @pytest.mark.parametrize(
     "name",
     [
-        "waits_in_its_handler",
-        "is_in_a_slow_statement",
-        "is_in_a_slow_commit",
+        "waits_in_its_endpoint",
+        "executes_a_slow_statement",
+        "commits_slowly",
         "rolls_back",
         "raises",
         "uses_two_databases",
         "is_served_by_starlette",
         "is_a_websocket",
-        "has_a_session_that_overrides_how_it_ends",
+        "uses_a_session_subclass",
     ],
 )
-async def test_a_request_that_is_thrown_away_leaves_nothing_behind(
+async def test_request_whose_coroutine_is_closed_leaves_nothing_open(
     ctxalchemy: ModuleType, schema: Schema, name: str
 ) -> None:
-    """SQLAlchemy cannot be thrown away quietly in the middle of a statement: it waits for its clean-up even so."""
+    """During a statement, SQLAlchemy awaits its clean-up even in a coroutine that is closed: Python raises an error."""
 
     async def check(world: World, run: Run) -> None:
         if run.cancellations:
-            assert run.error is None or "coroutine ignored GeneratorExit" in story(run.error)
-        await assert_nothing_left(world, SHAPES[name], run)
+            assert run.error is None or "coroutine ignored GeneratorExit" in messages_of(run.error)
+        await assert_nothing_open(world, SHAPES[name], run)
 
     await cancel_everywhere(World(ctxalchemy, schema), SHAPES[name], "thrown away", check)
 
@@ -609,10 +609,10 @@ async def test_a_request_that_is_thrown_away_leaves_nothing_behind(
 
 
 @pytest.mark.parametrize("later", [None, 0, 1, 2, 3, 4])
-async def test_who_is_cancelled_between_two_commits_learns_of_the_first(
+async def test_cancellation_during_the_second_commit_notes_that_one_session_is_committed(
     ctxalchemy: ModuleType, schema: Schema, db: Any, other_db: Any, third_db: Any, later: int | None
 ) -> None:
-    """It is cancelled in the COMMIT of the second of three, and once more while the rest is rolled back."""
+    """The request is cancelled during the second of three COMMITs, and again while the rest is rolled back."""
 
     async def endpoint() -> Answer:
         for each, name in ((db, "first"), (other_db, "slow second"), (third_db, "third")):
@@ -629,14 +629,14 @@ async def test_who_is_cancelled_between_two_commits_learns_of_the_first(
             request.cancel()
         with pytest.raises(asyncio.CancelledError) as caught:
             await request
-        told = story(caught.value)
-    assert "1 session(s) had been committed" in told
+        messages = messages_of(caught.value)
+    assert "1 session(s) had been committed" in messages
     assert await schema.settled()
     assert await schema.notes() in (["first"], ["first", "slow second"])
     await assert_whole(ctxalchemy, schema, db, other_db, third_db, notes=await schema.notes())
 
 
-async def test_a_request_in_process_that_is_given_up_leaves_the_outer_one_untouched(
+async def test_inner_request_that_times_out_does_not_affect_the_outer_request(
     ctxalchemy: ModuleType, schema: Schema, db: Any, other_db: Any
 ) -> None:
     async def inner() -> Answer:
@@ -662,10 +662,11 @@ async def test_a_request_in_process_that_is_given_up_leaves_the_outer_one_untouc
 
 
 @needs_asyncpg
-async def test_the_server_gives_up_a_statement_whose_client_was_cut_off(ctxalchemy: ModuleType, schema: Schema) -> None:
-    """Who is cancelled twice at once has no time to tell the server, which notices only when it looks.
+async def test_server_ends_a_statement_whose_connection_was_terminated(ctxalchemy: ModuleType, schema: Schema) -> None:
+    """If a request is cancelled twice in a row, the driver cannot send a cancel request to the server.
 
-    By default it looks when the statement is over; with ``client_connection_check_interval`` before.
+    By default, the server then detects that the connection is closed only when the statement ends.  With
+    ``client_connection_check_interval`` the server detects it during the statement.
     """
     settings = {
         "search_path": schema.name,
@@ -682,17 +683,17 @@ async def test_the_server_gives_up_a_statement_whose_client_was_cut_off(ctxalche
         await session.execute(text("SELECT pg_sleep(60)"))
         return Answer()
 
-    async def sleeps() -> bool:
+    async def is_executing() -> bool:
         return await schema.backends() == ["active"]
 
     request = asyncio.create_task(call(build("asgi", ctxalchemy, endpoint)))
-    assert await eventually(sleeps)
-    # As a server does that shuts down: asyncpg asks the server to stop in a task of its own.
-    former = asyncio.all_tasks()
+    assert await eventually(is_executing)
+    # A server that shuts down cancels all tasks.  asyncpg sends the cancel request from a task of its own.
+    tasks_before = asyncio.all_tasks()
     request.cancel()
     while not request.done():
         await asyncio.sleep(0)
-        for task in asyncio.all_tasks() - former | {request}:
+        for task in asyncio.all_tasks() - tasks_before | {request}:
             task.cancel()
     assert request.cancelled()
     assert await schema.settled()

@@ -32,7 +32,7 @@ def no_logging() -> Iterator[None]:
 
 @needs_asyncpg  # ``Soak`` explains why psycopg is not used.
 async def test_ledger_balances_after_random_faults(ctxalchemy: ModuleType, postgres_url: str) -> None:
-    """Every write of a successful request is there, and no write of a failed one; nothing leaks, memory does not grow."""
+    """Every write of a successful request is there, and no write of a failed one; nothing leaks or grows."""
     seed = int(os.environ.get("SOAK_SEED") or SystemRandom().randrange(2**32))
     print(f"SOAK_SEED={seed}")
     deadline = monotonic() + SECONDS
