@@ -1,4 +1,4 @@
-"""A commit that fails or takes its time: a client that sees success can rely on it."""
+"""A client that receives a success can rely on its commit, even if commits fail, are slow or lose their connection."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from support.schema import Schema
 
 
-def is_refused(error: BaseException | None) -> bool:
-    """Whether the deferred constraint was violated, and this error says so."""
+def is_commit_refused(error: BaseException | None) -> bool:
+    """Whether this error reports the violation of the deferred constraint."""
     return isinstance(error, IntegrityError) and "child_note_fkey" in str(error)
 
 
@@ -50,7 +50,7 @@ def is_refused(error: BaseException | None) -> bool:
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_commit_that_fails_is_never_a_success(
+async def test_failed_commit_is_never_a_success(
     ctxalchemy: ModuleType, schema: Schema, db: Any, kind: Kind, transport: Transport
 ) -> None:
     async def endpoint() -> Answer:
@@ -65,27 +65,27 @@ async def test_a_commit_that_fails_is_never_a_success(
     assert response.status_code == 500
     assert b"done" not in response.content
     assert 201 not in witness.statuses
-    assert is_refused(await witness.error())
+    assert is_commit_refused(await witness.error())
     await assert_whole(ctxalchemy, schema, db, notes=[])
 
 
-async def test_a_commit_that_fails_is_never_a_success_over_either_driver(
-    ctxalchemy: ModuleType, schema: Schema, driven: Any
+async def test_failed_commit_is_never_a_success_over_each_driver(
+    ctxalchemy: ModuleType, schema: Schema, db_per_driver: Any
 ) -> None:
     async def endpoint() -> Answer:
-        session = await ctxalchemy.db_session(driven)
+        session = await ctxalchemy.db_session(db_per_driver)
         await add_note(session, "lost")
         await break_commit(session)
         return Answer()
 
-    witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), driven)
+    witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), db_per_driver)
     with pytest.raises(IntegrityError, match="child_note_fkey"):
         await call(witness)
     assert witness.sent == []
-    await assert_whole(ctxalchemy, schema, driven, notes=[])
+    await assert_whole(ctxalchemy, schema, db_per_driver, notes=[])
 
 
-async def test_a_commit_that_fails_is_never_a_success_on_sqlite(ctxalchemy: ModuleType, tmp_path: Path) -> None:
+async def test_failed_commit_is_never_a_success_on_sqlite(ctxalchemy: ModuleType, tmp_path: Path) -> None:
     schema = await SQLiteFile.create(tmp_path / "notes.sqlite3")
     db = schema.db(ctxalchemy)
 
@@ -104,7 +104,7 @@ async def test_a_commit_that_fails_is_never_a_success_on_sqlite(ctxalchemy: Modu
     await db.close()
 
 
-async def test_a_commit_that_fails_in_an_overridden_session(ctxalchemy: ModuleType, schema: Schema) -> None:
+async def test_failed_commit_of_a_session_subclass_is_never_a_success(ctxalchemy: ModuleType, schema: Schema) -> None:
     db = db_with(ctxalchemy, schema, OverriddenSession)
     journal: list[tuple[str, str]] = []
 
@@ -123,16 +123,16 @@ async def test_a_commit_that_fails_in_an_overridden_session(ctxalchemy: ModuleTy
     await db.close()
 
 
-async def test_a_serialization_failure_at_commit_is_an_error_and_the_next_attempt_succeeds(
-    ctxalchemy: ModuleType, schema: Schema, driven: Any, other_db: Any
+async def test_serialization_failure_at_commit_is_an_error_and_the_next_request_succeeds(
+    ctxalchemy: ModuleType, schema: Schema, db_per_driver: Any, other_db: Any
 ) -> None:
-    """Write skew: each of two transactions counts the notes, and adds one. The first to commit wins."""
+    """Write skew: two transactions count the notes, and each adds one.  Only the first one to commit succeeds."""
     attempts = answers = 0
 
     async def endpoint() -> Answer:
         nonlocal attempts, answers
         attempts += 1
-        session = await ctxalchemy.db_session(driven)
+        session = await ctxalchemy.db_session(db_per_driver)
         await session.connection(execution_options={"isolation_level": "SERIALIZABLE"})
         await count_notes(session)
         await add_note(session, f"attempt {attempts}")
@@ -144,40 +144,40 @@ async def test_a_serialization_failure_at_commit_is_an_error_and_the_next_attemp
         answers += 1
         return Answer()
 
-    witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), driven)
+    witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), db_per_driver)
     async with client_of(witness) as client:
         statuses = [(await client.get("/")).status_code for _ in range(2)]
     assert statuses == [500, 200]
     failure, retried = await witness.errors()
     assert isinstance(failure, DBAPIError)
     assert getattr(failure.orig, "sqlstate", None) == "40001"
-    assert answers == 2, "it was not the commit that failed"
+    assert answers == 2, "the failure was not that of the commit"
     assert retried is None
-    await assert_whole(ctxalchemy, schema, driven, other_db, notes=["the rival's", "attempt 2"])
+    await assert_whole(ctxalchemy, schema, db_per_driver, other_db, notes=["the rival's", "attempt 2"])
 
 
-async def test_a_transaction_that_the_server_has_aborted_is_no_success(
-    ctxalchemy: ModuleType, schema: Schema, driven: Any
+async def test_aborted_transaction_is_never_a_success(
+    ctxalchemy: ModuleType, schema: Schema, db_per_driver: Any
 ) -> None:
-    """PostgreSQL answers COMMIT with ROLLBACK then, and drivers do not call that an error."""
+    """PostgreSQL answers the COMMIT of an aborted transaction with ROLLBACK, and the drivers raise no error."""
 
     async def endpoint() -> Answer:
-        session = await ctxalchemy.db_session(driven)
+        session = await ctxalchemy.db_session(db_per_driver)
         await add_note(session, "lost")
         with pytest.raises(IntegrityError):
             await add_note(session, "lost")
         return Answer()
 
-    witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), driven)
+    witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), db_per_driver)
     async with client_of(witness) as client:
         response = await client.get("/")
     assert await schema.notes() == []
     assert response.status_code == 500
     assert isinstance(await witness.error(), DBAPIError | PendingRollbackError)
-    await assert_whole(ctxalchemy, schema, driven, notes=[])
+    await assert_whole(ctxalchemy, schema, db_per_driver, notes=[])
 
 
-async def test_a_transaction_that_the_server_has_aborted_is_no_success_in_an_overridden_session(
+async def test_aborted_transaction_of_a_session_subclass_is_never_a_success(
     ctxalchemy: ModuleType, schema: Schema
 ) -> None:
     db = db_with(ctxalchemy, schema, OverriddenSession)
@@ -199,19 +199,19 @@ async def test_a_transaction_that_the_server_has_aborted_is_no_success_in_an_ove
     await db.close()
 
 
-@pytest.mark.parametrize("of", ["the engine", "every engine"])
-async def test_a_listener_that_raises_an_error_of_its_own_hides_no_aborted_transaction(
-    ctxalchemy: ModuleType, schema: Schema, of: str
+@pytest.mark.parametrize("target", ["the engine", "every engine"])
+async def test_listener_that_translates_errors_does_not_hide_an_aborted_transaction(
+    ctxalchemy: ModuleType, schema: Schema, target: str
 ) -> None:
-    """SQLAlchemy asks no other listener then; those of the creator and of the class come before any of ours."""
+    """SQLAlchemy then calls no further listener.  Those of the creator and of the class precede those of ctxalchemy."""
 
     def translate(context: Any) -> None:
         if isinstance(context.sqlalchemy_exception, IntegrityError):
-            raise LookupError("an error of the application's own") from context.original_exception
+            raise LookupError("the error of the application") from context.original_exception
 
     def create_engine(host: str) -> AsyncEngine:
         engine: AsyncEngine = plain.engine_creator(host)
-        if of == "the engine":
+        if target == "the engine":
             event.listen(engine.sync_engine, "handle_error", translate)
         return engine
 
@@ -224,22 +224,22 @@ async def test_a_listener_that_raises_an_error_of_its_own_hides_no_aborted_trans
 
     plain = schema.db(ctxalchemy)
     db = ctxalchemy.DBConnect(create_engine, plain.session_maker_creator, plain.host)
-    if of == "every engine":
+    if target == "every engine":
         event.listen(Engine, "handle_error", translate)
     try:
         with pytest.raises(DBAPIError):
             await call(build("asgi", ctxalchemy, endpoint))
     finally:
-        if of == "every engine":
+        if target == "every engine":
             event.remove(Engine, "handle_error", translate)
     await assert_whole(ctxalchemy, schema, db, notes=[])
     await db.close()
 
 
-async def test_a_transaction_that_was_aborted_on_an_engine_of_the_application_is_no_success(
+async def test_aborted_transaction_on_an_engine_of_the_application_is_never_a_success(
     ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
-    """It has not come from a ``DBConnect``: a session may be put into a context."""
+    """The session was put into the context, and its engine was not created by a ``DBConnect``."""
     engine = db.engine_creator(db.host)
 
     async def endpoint() -> Answer:
@@ -259,11 +259,11 @@ async def test_a_transaction_that_was_aborted_on_an_engine_of_the_application_is
 
 
 @pytest.mark.parametrize("when", ["between statements", "in a statement"])
-async def test_a_connection_that_was_lost_before_the_commit_is_no_success_even_if_the_error_is_swallowed(
-    ctxalchemy: ModuleType, schema: Schema, driven: Any, when: str
+async def test_swallowed_error_of_a_terminated_connection_is_never_a_success(
+    ctxalchemy: ModuleType, schema: Schema, db_per_driver: Any, when: str
 ) -> None:
     async def endpoint() -> Answer:
-        session = await ctxalchemy.db_session(driven)
+        session = await ctxalchemy.db_session(db_per_driver)
         await add_note(session, "lost")
         if when == "between statements":
             assert await schema.terminate("idle in transaction") == 1
@@ -277,35 +277,37 @@ async def test_a_connection_that_was_lost_before_the_commit_is_no_success_even_i
                 await statement
         return Answer()
 
-    witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), driven)
+    witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), db_per_driver)
     async with client_of(witness) as client:
         response = await client.get("/")
     assert response.status_code == 500
     assert isinstance(await witness.error(), DBAPIError | PendingRollbackError)
-    await assert_whole(ctxalchemy, schema, driven, notes=[])
+    await assert_whole(ctxalchemy, schema, db_per_driver, notes=[])
 
 
-async def test_an_error_inside_a_savepoint_spoils_nothing(ctxalchemy: ModuleType, schema: Schema, driven: Any) -> None:
+async def test_error_inside_a_savepoint_does_not_abort_the_outer_transaction(
+    ctxalchemy: ModuleType, schema: Schema, db_per_driver: Any
+) -> None:
     async def endpoint() -> Answer:
-        session = await ctxalchemy.db_session(driven)
+        session = await ctxalchemy.db_session(db_per_driver)
         await add_note(session, "kept")
         with pytest.raises(IntegrityError):
             async with session.begin_nested():
                 await add_note(session, "kept")
         return Answer()
 
-    witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), driven)
+    witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), db_per_driver)
     async with client_of(witness) as client:
         assert (await client.get("/")).status_code == 200
     assert await witness.error() is None
-    await assert_whole(ctxalchemy, schema, driven, notes=["kept"])
+    await assert_whole(ctxalchemy, schema, db_per_driver, notes=["kept"])
 
 
-async def test_a_transaction_that_was_rolled_back_by_hand_after_an_error_is_a_fresh_one(
-    ctxalchemy: ModuleType, schema: Schema, driven: Any
+async def test_new_transaction_after_a_hand_written_rollback_is_committed(
+    ctxalchemy: ModuleType, schema: Schema, db_per_driver: Any
 ) -> None:
     async def endpoint() -> Answer:
-        session = await ctxalchemy.db_session(driven)
+        session = await ctxalchemy.db_session(db_per_driver)
         await add_note(session, "undone")
         with pytest.raises(IntegrityError):
             await add_note(session, "undone")
@@ -313,18 +315,18 @@ async def test_a_transaction_that_was_rolled_back_by_hand_after_an_error_is_a_fr
         await add_note(session, "kept")
         return Answer()
 
-    witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), driven)
+    witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), db_per_driver)
     async with client_of(witness) as client:
         assert (await client.get("/")).status_code == 200
     assert await witness.error() is None
-    await assert_whole(ctxalchemy, schema, driven, notes=["kept"])
+    await assert_whole(ctxalchemy, schema, db_per_driver, notes=["kept"])
 
 
 # --- the flush and the hook --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_flush_that_fails_answers_with_an_error_and_keeps_the_connection(
+async def test_failed_flush_is_an_error_response_and_keeps_the_connection(
     ctxalchemy: ModuleType, schema: Schema, db: Any, kind: Kind
 ) -> None:
     async def endpoint() -> Answer:
@@ -347,12 +349,12 @@ async def test_a_flush_that_fails_answers_with_an_error_and_keeps_the_connection
     assert "note_pkey" in str(error)
     await assert_whole(ctxalchemy, schema, db, notes=[])
     assert len(before) == 1
-    assert await pids(schema) == before, "the state of the connection was known: it can be used again"
+    assert await pids(schema) == before, "a connection in a known state was not used again"
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("when", ["at once", "after a write of its own"])
-async def test_a_hook_that_raises_commits_nothing_and_keeps_the_connection(
+async def test_hook_that_raises_commits_nothing_and_keeps_the_connection(
     ctxalchemy: ModuleType, schema: Schema, db: Any, kind: Kind, when: str
 ) -> None:
     failure = LookupError("the hook")
@@ -376,7 +378,9 @@ async def test_a_hook_that_raises_commits_nothing_and_keeps_the_connection(
     assert await pids(schema) == before
 
 
-async def test_what_a_hook_writes_is_committed_with_the_rest(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
+async def test_writes_of_a_hook_are_committed_with_those_of_the_endpoint(
+    ctxalchemy: ModuleType, schema: Schema, db: Any
+) -> None:
     async def before_commit(session: AsyncSession) -> None:
         await add_note(session, "the hook's")
 
@@ -394,51 +398,53 @@ async def test_what_a_hook_writes_is_committed_with_the_rest(ctxalchemy: ModuleT
     await assert_whole(ctxalchemy, schema, db, notes=["the hook's", "the endpoint's"])
 
 
-# --- the server goes away ----------------------------------------------------------------------------
+# --- the connection is terminated --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS[:2])
-async def test_the_server_ends_the_connection_before_the_commit(
-    ctxalchemy: ModuleType, schema: Schema, driven: Any, kind: Kind
+async def test_connection_terminated_before_the_commit_is_never_a_success(
+    ctxalchemy: ModuleType, schema: Schema, db_per_driver: Any, kind: Kind
 ) -> None:
     async def endpoint() -> Answer:
-        await add_note(await ctxalchemy.db_session(driven), "lost")
+        await add_note(await ctxalchemy.db_session(db_per_driver), "lost")
         assert await schema.terminate("idle in transaction") == 1
         return Answer()
 
-    witness = Witness(ctxalchemy, build(kind, ctxalchemy, endpoint), driven)
+    witness = Witness(ctxalchemy, build(kind, ctxalchemy, endpoint), db_per_driver)
     async with client_of(witness) as client:
         assert (await client.get("/")).status_code == 500
     assert isinstance(await witness.error(), DBAPIError)
-    await assert_whole(ctxalchemy, schema, driven, notes=[])
+    await assert_whole(ctxalchemy, schema, db_per_driver, notes=[])
 
 
 @pytest.mark.parametrize("kind", KINDS[:2])
-async def test_the_server_ends_the_connection_during_the_commit(
-    ctxalchemy: ModuleType, schema: Schema, driven: Any, kind: Kind
+async def test_connection_terminated_during_the_commit_is_never_a_success(
+    ctxalchemy: ModuleType, schema: Schema, db_per_driver: Any, kind: Kind
 ) -> None:
     async def endpoint() -> Answer:
-        await add_note(await ctxalchemy.db_session(driven), "slow and lost")
+        await add_note(await ctxalchemy.db_session(db_per_driver), "slow and lost")
         return Answer()
 
-    witness = Witness(ctxalchemy, build(kind, ctxalchemy, endpoint), driven)
+    witness = Witness(ctxalchemy, build(kind, ctxalchemy, endpoint), db_per_driver)
     async with CommitGate.close(schema) as gate, client_of(witness) as client:
         request = asyncio.create_task(client.get("/"))
         await gate.reached()
         assert await schema.terminate("active") == 1
         assert (await request).status_code == 500
         assert isinstance(await witness.error(), DBAPIError)
-        await assert_whole(ctxalchemy, schema, driven, notes=[])
+        await assert_whole(ctxalchemy, schema, db_per_driver, notes=[])
 
 
-async def test_the_server_cancels_the_commit(ctxalchemy: ModuleType, schema: Schema, driven: Any) -> None:
-    """As by ``statement_timeout``."""
+async def test_commit_cancelled_by_the_server_is_never_a_success(
+    ctxalchemy: ModuleType, schema: Schema, db_per_driver: Any
+) -> None:
+    """``statement_timeout`` has the same effect."""
 
     async def endpoint() -> Answer:
-        await add_note(await ctxalchemy.db_session(driven), "slow and lost")
+        await add_note(await ctxalchemy.db_session(db_per_driver), "slow and lost")
         return Answer()
 
-    witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), driven)
+    witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), db_per_driver)
     async with CommitGate.close(schema) as gate, client_of(witness) as client:
         request = asyncio.create_task(client.get("/"))
         await gate.reached()
@@ -448,10 +454,10 @@ async def test_the_server_cancels_the_commit(ctxalchemy: ModuleType, schema: Sch
         error = await witness.error()
         assert isinstance(error, DBAPIError)
         assert getattr(error.orig, "sqlstate", None) == "57014"
-        await assert_whole(ctxalchemy, schema, driven, notes=[])
+        await assert_whole(ctxalchemy, schema, db_per_driver, notes=[])
 
 
-async def test_the_server_ends_the_connection_during_the_commit_of_an_overridden_session(
+async def test_connection_of_a_session_subclass_terminated_during_the_commit_is_never_a_success(
     ctxalchemy: ModuleType, schema: Schema
 ) -> None:
     db = db_with(ctxalchemy, schema, OverriddenSession)
@@ -472,10 +478,10 @@ async def test_the_server_ends_the_connection_during_the_commit_of_an_overridden
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_the_server_ends_the_connection_after_the_commit(
+async def test_connection_terminated_after_the_commit_does_not_change_the_success(
     ctxalchemy: ModuleType, schema: Schema, kind: Kind
 ) -> None:
-    """The write is there, and so is the success; that the pool's connection is dead is for the next request."""
+    """The write is committed and the response is a success; only the next request detects the closed connection."""
     db = schema.db(ctxalchemy, pool_pre_ping=True)
 
     async def endpoint() -> Answer:
@@ -494,10 +500,10 @@ async def test_the_server_ends_the_connection_after_the_commit(
 
 
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
-async def test_the_connection_breaks_while_commit_is_on_its_way(
+async def test_connection_that_breaks_while_commit_is_sent_is_never_a_success(
     ctxalchemy: ModuleType, schema: Schema, driver: str
 ) -> None:
-    """Nobody can know what became of the COMMIT then: it is no success."""
+    """The outcome of the COMMIT is unknown, so the response is not a success."""
     async with Wire.to(schema.url) as wire:
         over_wire = type(schema)(wire.url(schema.url), schema.name, schema.observer)
         over_psycopg = driver == "psycopg"
@@ -522,10 +528,10 @@ async def test_the_connection_breaks_while_commit_is_on_its_way(
 
 
 @needs_asyncpg
-async def test_a_server_that_falls_silent_at_commit_is_waited_for_as_long_as_the_driver_says(
+async def test_commit_without_an_answer_ends_after_the_timeout_of_the_driver(
     ctxalchemy: ModuleType, schema: Schema
 ) -> None:
-    """A cancellation does not cut the commit short: ``command_timeout`` does."""
+    """``command_timeout`` ends the commit; a cancellation does not."""
     async with Wire.to(schema.url) as wire:
         url = f"{wire.url(schema.url)}?command_timeout=0.5"
         db = type(schema)(url, schema.name, schema.observer).db(ctxalchemy)
@@ -542,7 +548,7 @@ async def test_a_server_that_falls_silent_at_commit_is_waited_for_as_long_as_the
         request.cancel()
         with pytest.raises(asyncio.CancelledError):
             await request
-        # And what asyncpg gives itself to close.
+        # The limit includes the time that asyncpg takes to close the connection.
         assert asyncio.get_running_loop().time() - started < 10
         assert await checked_out(db) == 0
         assert await schema.terminate("idle in transaction") == 1
@@ -551,11 +557,11 @@ async def test_a_server_that_falls_silent_at_commit_is_waited_for_as_long_as_the
         await db.close()
 
 
-# --- the commit takes its time -----------------------------------------------------------------------
+# --- the commit is slow ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_no_byte_of_a_success_goes_out_before_its_commit_is_through(
+async def test_no_byte_of_a_successful_response_is_sent_before_the_commit_has_succeeded(
     ctxalchemy: ModuleType, schema: Schema, db: Any, kind: Kind
 ) -> None:
     async def endpoint() -> Answer:
@@ -583,7 +589,7 @@ async def test_no_byte_of_a_success_goes_out_before_its_commit_is_through(
     await assert_whole(ctxalchemy, schema, db, notes=["slow and kept"])
 
 
-async def test_a_client_reads_its_write_on_another_connection_at_once_every_time(
+async def test_client_can_always_read_its_write_on_another_connection_at_once(
     ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     written: list[str] = []
@@ -597,14 +603,14 @@ async def test_a_client_reads_its_write_on_another_connection_at_once_every_time
     async with client_of(witness, "tcp") as client:
         for _ in range(50):
             async with client.stream("GET", "/") as response:
-                # The headers are here, the body need not be.
+                # The headers have arrived, the body perhaps not yet.
                 assert response.status_code == 200
                 assert await schema.observer.fetchval("SELECT true FROM note WHERE name = $1", written[-1])
     assert await witness.errors() == [None] * 50
     await assert_whole(ctxalchemy, schema, db, notes=written)
 
 
-async def test_requests_line_up_behind_a_slow_commit_on_a_pool_of_one(
+async def test_requests_wait_for_a_slow_commit_on_a_pool_of_one(
     ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     names = iter(["slow", "second", "third"])
@@ -627,11 +633,11 @@ async def test_requests_line_up_behind_a_slow_commit_on_a_pool_of_one(
     await assert_whole(ctxalchemy, schema, db, notes=["slow", "second", "third"])
 
 
-# --- the application meets the failed commit ---------------------------------------------------------
+# --- the application catches the failed commit -------------------------------------------------------
 
 
-class Answering:
-    """An application that sends this, and what it does about the failure of the first message is up to it."""
+class AnswersAfterFailedCommit:
+    """An application whose commit fails at the response start, and which then calls ``then``."""
 
     def __init__(self, ctxalchemy: ModuleType, db: Any, then: Any) -> None:
         self.ctxalchemy = ctxalchemy
@@ -653,8 +659,8 @@ async def answer(send: Any, status: int) -> None:
     await send({"type": "http.response.body", "body": b"answered"})
 
 
-@pytest.mark.parametrize("writes_again", [False, True], ids=["as it is", "writes again"])
-async def test_an_application_may_answer_a_failed_commit_with_an_error_of_its_own(
+@pytest.mark.parametrize("writes_again", [False, True], ids=["does not write again", "writes again"])
+async def test_application_may_answer_a_failed_commit_with_its_own_error_response(
     ctxalchemy: ModuleType, schema: Schema, db: Any, writes_again: bool
 ) -> None:
     async def then(send: Any, session: AsyncSession, _error: Exception) -> None:
@@ -662,7 +668,7 @@ async def test_an_application_may_answer_a_failed_commit_with_an_error_of_its_ow
             await add_note(session, "lost too")
         await answer(send, 409)
 
-    app = ctxalchemy.ASGIHTTPDBSessionMiddleware(Answering(ctxalchemy, db, then))
+    app = ctxalchemy.ASGIHTTPDBSessionMiddleware(AnswersAfterFailedCommit(ctxalchemy, db, then))
     witness = Witness(ctxalchemy, app, db)
     async with client_of(witness, "tcp") as client:
         response = await client.get("/")
@@ -684,11 +690,11 @@ async def send_the_body(send: Any, _session: Any, _error: Exception) -> None:
     await send({"type": "http.response.body", "body": b"answered"})
 
 
-async def return_without_a_word(_send: Any, _session: Any, _error: Exception) -> None:
+async def return_without_a_response(_send: Any, _session: Any, _error: Exception) -> None:
     pass
 
 
-async def go_on_whatever_comes(send: Any, _session: Any, _error: Exception) -> None:
+async def send_successes_until_the_end(send: Any, _session: Any, _error: Exception) -> None:
     for status in (200, 201, 302):
         with pytest.raises(IntegrityError):
             await answer(send, status)
@@ -696,7 +702,7 @@ async def go_on_whatever_comes(send: Any, _session: Any, _error: Exception) -> N
             await send({"type": "http.response.body", "body": b"answered"})
 
 
-async def raise_another(_send: Any, _session: Any, _error: Exception) -> None:
+async def raise_another_error(_send: Any, _session: Any, _error: Exception) -> None:
     raise LookupError("another")
 
 
@@ -706,43 +712,43 @@ async def raise_another(_send: Any, _session: Any, _error: Exception) -> None:
         answer_success,
         answer_success_after_a_write,
         send_the_body,
-        return_without_a_word,
-        go_on_whatever_comes,
+        return_without_a_response,
+        send_successes_until_the_end,
     ],
 )
-async def test_an_application_that_swallows_a_failed_commit_does_not_get_a_success_out(
+async def test_application_that_swallows_a_failed_commit_cannot_send_a_success(
     ctxalchemy: ModuleType, schema: Schema, db: Any, then: Any
 ) -> None:
-    app = ctxalchemy.ASGIHTTPDBSessionMiddleware(Answering(ctxalchemy, db, then))
+    app = ctxalchemy.ASGIHTTPDBSessionMiddleware(AnswersAfterFailedCommit(ctxalchemy, db, then))
     witness = Witness(ctxalchemy, app, db)
     async with client_of(witness, "tcp") as client:
         response = await client.get("/")
     assert response.status_code == 500
     assert b"answered" not in response.content
     assert witness.sent == []
-    assert is_refused(await witness.error())
+    assert is_commit_refused(await witness.error())
     await assert_whole(ctxalchemy, schema, db, notes=[])
 
 
-async def test_an_application_that_raises_an_error_of_its_own_over_a_failed_commit(
+async def test_error_raised_after_a_failed_commit_has_the_failure_as_its_context(
     ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
-    app = ctxalchemy.ASGIHTTPDBSessionMiddleware(Answering(ctxalchemy, db, raise_another))
+    app = ctxalchemy.ASGIHTTPDBSessionMiddleware(AnswersAfterFailedCommit(ctxalchemy, db, raise_another_error))
     witness = Witness(ctxalchemy, app, db)
     async with client_of(witness) as client:
         assert (await client.get("/")).status_code == 500
     error = await witness.error()
     assert isinstance(error, LookupError)
-    assert is_refused(error.__context__)
+    assert is_commit_refused(error.__context__)
     assert witness.sent == []
     await assert_whole(ctxalchemy, schema, db, notes=[])
 
 
 @pytest.mark.parametrize("form", ["starlette", "fastapi"])
-async def test_a_handler_outside_turns_a_failed_commit_into_an_error_response(
+async def test_handler_for_exception_turns_a_failed_commit_into_an_error_response(
     ctxalchemy: ModuleType, schema: Schema, db: Any, form: str
 ) -> None:
-    """The handler for 500 is in the error middleware, outside of all that users add."""
+    """The handler for ``Exception`` runs in the error middleware, outside every middleware that users add."""
     seen: list[Exception] = []
 
     async def endpoint() -> Answer:
@@ -759,17 +765,17 @@ async def test_a_handler_outside_turns_a_failed_commit_into_an_error_response(
     async with client_of(witness, "tcp") as client:
         response = await client.get("/")
     assert (response.status_code, response.json()) == (409, {"error": "conflict"})
-    # Starlette's error middleware raises it to the server as well.
-    assert is_refused(await witness.error())
-    assert [is_refused(error) for error in seen] == [True]
+    # Starlette's error middleware also raises the error to the server.
+    assert is_commit_refused(await witness.error())
+    assert [is_commit_refused(error) for error in seen] == [True]
     await assert_whole(ctxalchemy, schema, db, notes=[])
 
 
 @pytest.mark.parametrize("form", ["starlette", "fastapi"])
-async def test_a_handler_for_the_very_error_of_a_failed_commit_does_not_hide_it(
+async def test_handler_for_integrity_error_does_not_hide_a_failed_commit(
     ctxalchemy: ModuleType, schema: Schema, db: Any, form: str
 ) -> None:
-    """Starlette's own handlers find the response started; the server still hears of the commit."""
+    """For Starlette's own handlers the response has already started.  The error of the commit reaches the server."""
 
     async def endpoint() -> Answer:
         await add_note(await ctxalchemy.db_session(db), "lost")
@@ -787,12 +793,12 @@ async def test_a_handler_for_the_very_error_of_a_failed_commit_does_not_hide_it(
     assert response.status_code == 500
     assert b"handled" not in response.content
     error = await witness.error()
-    assert is_refused(error) or (error is not None and is_refused(error.__cause__))
+    assert is_commit_refused(error) or (error is not None and is_commit_refused(error.__cause__))
     await assert_whole(ctxalchemy, schema, db, notes=[])
 
 
-class Conflicts:
-    """A middleware of an application that answers an ``IntegrityError`` with 409, as users write it."""
+class ConflictMiddleware:
+    """A middleware of the application that answers an ``IntegrityError`` with 409, as users write it."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -805,7 +811,7 @@ class Conflicts:
 
 
 @pytest.mark.parametrize("place", ["outside", "inside"])
-async def test_a_middleware_of_the_application_turns_a_failed_commit_into_a_conflict(
+async def test_middleware_of_the_application_turns_a_failed_commit_into_a_conflict(
     ctxalchemy: ModuleType, schema: Schema, db: Any, place: str
 ) -> None:
     async def endpoint(_request: Any) -> Response:
@@ -814,7 +820,7 @@ async def test_a_middleware_of_the_application_turns_a_failed_commit_into_a_conf
         await break_commit(session)
         return Response(b"done")
 
-    stack = [Middleware(Conflicts), Middleware(ctxalchemy.ASGIHTTPDBSessionMiddleware)]
+    stack = [Middleware(ConflictMiddleware), Middleware(ctxalchemy.ASGIHTTPDBSessionMiddleware)]
     app = Starlette(routes=[Route("/", endpoint)], middleware=stack if place == "outside" else stack[::-1])
     witness = Witness(ctxalchemy, app, db)
     async with client_of(witness, "tcp") as client:
@@ -824,8 +830,10 @@ async def test_a_middleware_of_the_application_turns_a_failed_commit_into_a_conf
     await assert_whole(ctxalchemy, schema, db, notes=[])
 
 
-async def test_the_rollback_of_a_handled_error_fails(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
-    """The error response does not go out either: the error reaches the server, and nothing is left."""
+async def test_failed_rollback_of_a_handled_error_leaves_nothing_open(
+    ctxalchemy: ModuleType, schema: Schema, db: Any
+) -> None:
+    """If the rollback raises, the error response is not sent and the error reaches the server."""
 
     async def endpoint() -> Answer:
         await add_note(await ctxalchemy.db_session(db), "lost")
@@ -840,7 +848,9 @@ async def test_the_rollback_of_a_handled_error_fails(ctxalchemy: ModuleType, sch
     await assert_whole(ctxalchemy, schema, db, notes=[])
 
 
-async def test_a_commit_that_fails_in_the_dispatch_function(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
+async def test_failed_commit_in_the_dispatch_function_is_never_a_success(
+    ctxalchemy: ModuleType, schema: Schema, db: Any
+) -> None:
     from starlette.middleware.base import BaseHTTPMiddleware
 
     async def endpoint(_request: Any) -> Response:
@@ -854,12 +864,12 @@ async def test_a_commit_that_fails_in_the_dispatch_function(ctxalchemy: ModuleTy
     witness = Witness(ctxalchemy, app, db)
     async with client_of(witness, "tcp") as client:
         assert (await client.get("/")).status_code == 500
-    assert is_refused(await witness.error())
+    assert is_commit_refused(await witness.error())
     assert 200 not in witness.statuses
     await assert_whole(ctxalchemy, schema, db, notes=[])
 
 
-async def test_failed_and_good_requests_at_once_keep_to_themselves(
+async def test_concurrent_failed_and_successful_requests_do_not_affect_each_other(
     ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     async def app(scope: Any, _receive: Any, send: Any) -> None:
@@ -875,6 +885,6 @@ async def test_failed_and_good_requests_at_once_keep_to_themselves(
         responses: list[httpx.Response] = await asyncio.gather(*(client.get(f"/{n}") for n in range(20)))
     assert [response.status_code for response in responses] == [200, 500] * 10
     errors = await witness.errors()
-    assert sum(is_refused(error) for error in errors) == 10
+    assert sum(is_commit_refused(error) for error in errors) == 10
     assert errors.count(None) == 10
     await assert_whole(ctxalchemy, schema, db, notes=[f"note {n}" for n in range(0, 20, 2)])

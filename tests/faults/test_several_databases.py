@@ -1,4 +1,4 @@
-"""A request that writes to several databases, where one of them fails, or another, or all."""
+"""If one or several databases of a request fail, the others are completed as promised and no error is masked."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 NAMES = ("first", "second", "third")
 Work = Callable[[], Awaitable[Any]]
-Settle = Callable[["ModuleType", Work], Awaitable[Any]]
+Complete = Callable[["ModuleType", Work], Awaitable[Any]]
 
 
-# --- the ways to settle several sessions -------------------------------------------------------------
+# --- the ways to complete several sessions -----------------------------------------------------------
 
 
 async def by_the_middleware(ctxalchemy: ModuleType, work: Work) -> None:
@@ -36,7 +36,7 @@ async def by_the_middleware(ctxalchemy: ModuleType, work: Work) -> None:
     try:
         await call(witness)
     finally:
-        # Where it raises, no success was let out.
+        # If the application raises, no response was started.
         assert witness.statuses == ([] if await witness.error() else [200])
 
 
@@ -56,7 +56,7 @@ async def by_run_in_new_ctx(ctxalchemy: ModuleType, work: Work) -> None:
     await ctxalchemy.run_in_new_ctx(work)
 
 
-async def by_hand(ctxalchemy: ModuleType, work: Work) -> None:
+async def by_hand_written_calls(ctxalchemy: ModuleType, work: Work) -> None:
     token = ctxalchemy.init_db_session_ctx()
     try:
         await work()
@@ -70,10 +70,11 @@ async def by_a_test_context(ctxalchemy: ModuleType, work: Work) -> None:
         await work()
 
 
-ways = pytest.mark.parametrize(
-    "settle", [by_the_middleware, by_a_websocket, by_new_ctx, by_run_in_new_ctx, by_hand, by_a_test_context]
+each_way = pytest.mark.parametrize(
+    "complete",
+    [by_the_middleware, by_a_websocket, by_new_ctx, by_run_in_new_ctx, by_hand_written_calls, by_a_test_context],
 )
-which = pytest.mark.parametrize("bad", [(0,), (1,), (1, 2), (0, 1, 2)], ids=str)
+each_failure = pytest.mark.parametrize("bad", [(0,), (1,), (1, 2), (0, 1, 2)], ids=str)
 
 
 def notes_of(error: BaseException) -> str:
@@ -83,15 +84,15 @@ def notes_of(error: BaseException) -> str:
 # --- committing --------------------------------------------------------------------------------------
 
 
-@ways
-@which
-async def test_commits_that_fail_say_what_was_committed(
+@each_way
+@each_failure
+async def test_failed_commits_name_the_databases_that_were_committed(
     ctxalchemy: ModuleType,
     schema: Schema,
     db: Any,
     other_db: Any,
     third_db: Any,
-    settle: Settle,
+    complete: Complete,
     bad: tuple[int, ...],
 ) -> None:
     databases = (db, other_db, third_db)
@@ -106,7 +107,7 @@ async def test_commits_that_fail_say_what_was_committed(
     first = bad[0]
     expected: Any = ctxalchemy.PartialCommitError if first else IntegrityError
     with pytest.raises(expected) as caught:
-        await settle(ctxalchemy, work)
+        await complete(ctxalchemy, work)
     assert type(caught.value) is expected
     if first:
         assert caught.value.committed == databases[:first]
@@ -116,15 +117,15 @@ async def test_commits_that_fail_say_what_was_committed(
     await assert_whole(ctxalchemy, schema, *databases, notes=list(NAMES[:first]))
 
 
-@ways
-@which
-async def test_a_flush_that_fails_commits_nothing_anywhere(
+@each_way
+@each_failure
+async def test_failed_flush_commits_nothing_in_any_database(
     ctxalchemy: ModuleType,
     schema: Schema,
     db: Any,
     other_db: Any,
     third_db: Any,
-    settle: Settle,
+    complete: Complete,
     bad: tuple[int, ...],
 ) -> None:
     await schema.observer.execute("INSERT INTO note VALUES ('taken')")
@@ -138,14 +139,14 @@ async def test_a_flush_that_fails_commits_nothing_anywhere(
                 session.add(Note(name="taken"))
 
     with pytest.raises(IntegrityError, match="note_pkey") as caught:
-        await settle(ctxalchemy, work)
+        await complete(ctxalchemy, work)
     assert notes_of(caught.value) == ""
     await assert_whole(ctxalchemy, schema, *databases, notes=["taken"])
 
 
-@pytest.mark.parametrize("engine", ["of the connection", "of the application"])
-@which
-async def test_a_swallowed_error_commits_nothing_anywhere(
+@pytest.mark.parametrize("engine", ["of the database", "of the application"])
+@each_failure
+async def test_swallowed_error_commits_nothing_in_any_database(
     ctxalchemy: ModuleType,
     schema: Schema,
     db: Any,
@@ -154,10 +155,10 @@ async def test_a_swallowed_error_commits_nothing_anywhere(
     bad: tuple[int, ...],
     engine: str,
 ) -> None:
-    """PostgreSQL would answer the COMMIT by rolling back, and the driver would call that a success."""
+    """PostgreSQL answers the COMMIT of an aborted transaction with ROLLBACK, and the driver raises no error."""
     await schema.observer.execute("INSERT INTO note VALUES ('taken')")
     databases = (db, other_db, third_db)
-    # All of one engine: what is found out of one session must not hide it of the next.
+    # All sessions share this engine: detecting the aborted transaction of one must not hide that of the next.
     own = schema.db(ctxalchemy, pool_size=3).engine_creator(db.host)
 
     async def work() -> None:
@@ -177,8 +178,8 @@ async def test_a_swallowed_error_commits_nothing_anywhere(
     await assert_whole(ctxalchemy, schema, *databases, notes=["taken"])
 
 
-@which
-async def test_a_hook_that_fails_commits_nothing_anywhere(
+@each_failure
+async def test_failed_hook_commits_nothing_in_any_database(
     ctxalchemy: ModuleType, schema: Schema, db: Any, other_db: Any, third_db: Any, bad: tuple[int, ...]
 ) -> None:
     databases = (db, other_db, third_db)
@@ -205,7 +206,7 @@ async def test_a_hook_that_fails_commits_nothing_anywhere(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_client_is_told_of_a_partial_commit_by_no_success(
+async def test_partial_commit_is_never_a_success(
     ctxalchemy: ModuleType, schema: Schema, db: Any, other_db: Any, kind: Kind
 ) -> None:
     async def endpoint() -> Answer:
@@ -226,13 +227,13 @@ async def test_a_client_is_told_of_a_partial_commit_by_no_success(
     await assert_whole(ctxalchemy, schema, db, other_db, notes=["first"])
 
 
-async def test_the_first_error_is_not_masked_by_a_rollback_that_fails_after_it(
+async def test_first_error_is_not_masked_by_failed_rollbacks(
     ctxalchemy: ModuleType, schema: Schema, db: Any, other_db: Any, third_db: Any
 ) -> None:
     databases = (db, other_db, third_db)
 
     async def hook(session: AsyncSession) -> None:
-        # The last one, when all have begun: the others can only fail to be rolled back.
+        # In the hook of the last session all transactions are open, and all their rollbacks will fail.
         if session is await ctxalchemy.db_session(third_db):
             await schema.terminate("idle in transaction")
             raise ValueError("hook")
@@ -248,10 +249,10 @@ async def test_the_first_error_is_not_masked_by_a_rollback_that_fails_after_it(
     await assert_whole(ctxalchemy, schema, *databases, notes=[])
 
 
-async def test_a_partial_commit_is_not_masked_by_a_rollback_that_fails_after_it(
+async def test_partial_commit_error_is_not_masked_by_a_failed_rollback(
     ctxalchemy: ModuleType, schema: Schema, db: Any, other_db: Any, third_db: Any
 ) -> None:
-    """The server ends all connections while it is about to commit the second."""
+    """The server terminates all connections while it commits the second database."""
     databases = (db, other_db, third_db)
 
     async def endpoint() -> Answer:
@@ -262,7 +263,7 @@ async def test_a_partial_commit_is_not_masked_by_a_rollback_that_fails_after_it(
     async with CommitGate.close(schema) as gate:
         request = asyncio.create_task(call(build("asgi", ctxalchemy, endpoint)))
         await gate.reached()
-        # The third first: it is to be gone for sure when it is its turn to be rolled back.
+        # Terminate the third connection first, so that it is certainly closed when its session is rolled back.
         assert await schema.terminate("idle in transaction") == 1
         assert await schema.terminate("active") == 1
         with pytest.raises(ctxalchemy.PartialCommitError) as caught:
@@ -274,7 +275,7 @@ async def test_a_partial_commit_is_not_masked_by_a_rollback_that_fails_after_it(
     await assert_whole(ctxalchemy, schema, *databases, notes=["first"])
 
 
-async def test_a_commit_that_fails_after_response_start_of_the_response_reaches_the_server(
+async def test_failed_commit_after_response_start_is_raised_to_the_server(
     ctxalchemy: ModuleType, schema: Schema, db: Any, other_db: Any
 ) -> None:
     async def background() -> None:
@@ -294,7 +295,7 @@ async def test_a_commit_that_fails_after_response_start_of_the_response_reaches_
     await assert_whole(ctxalchemy, schema, db, other_db, notes=["first", "second", "after, first"])
 
 
-async def test_databases_of_different_drivers_fail_together(
+async def test_partial_commit_over_databases_of_different_drivers(
     ctxalchemy: ModuleType, schema: Schema, db: Any, tmp_path: Path
 ) -> None:
     lite = await SQLiteFile.create(tmp_path / "notes.sqlite3")
@@ -321,11 +322,11 @@ async def test_databases_of_different_drivers_fail_together(
         await assert_whole(ctxalchemy, schema, psycopg, notes=[])
 
 
-@which
-async def test_commits_that_fail_leave_no_session_in_a_transaction(
+@each_failure
+async def test_failed_commits_leave_no_session_in_a_transaction(
     ctxalchemy: ModuleType, schema: Schema, db: Any, other_db: Any, third_db: Any, bad: tuple[int, ...]
 ) -> None:
-    """At once, and not only when the context is closed."""
+    """The transactions end at once, before the context is closed."""
     databases = (db, other_db, third_db)
     async with ctxalchemy.new_ctx():
         sessions = [await ctxalchemy.db_session(each) for each in databases]
@@ -343,35 +344,35 @@ async def test_commits_that_fail_leave_no_session_in_a_transaction(
 # --- rolling back and closing ------------------------------------------------------------------------
 
 
-class StubbornSession(AsyncSession):
-    """A session that says no when it is rolled back or closed, having done it or not."""
+class FailingSession(AsyncSession):
+    """A session whose ``rollback`` or ``close`` raises, before or after the call of the base class."""
 
     async def rollback(self) -> None:
-        await self._refuse("rollback", super().rollback)
+        await self._call("rollback", super().rollback)
 
     async def close(self) -> None:
-        await self._refuse("close", super().close)
+        await self._call("close", super().close)
 
-    async def _refuse(self, what: str, do: Callable[[], Awaitable[None]]) -> None:
-        refuses = self.info["refuses"]
-        if f"{what} before" in refuses:
+    async def _call(self, what: str, do: Callable[[], Awaitable[None]]) -> None:
+        failures = self.info["failures"]
+        if f"{what} before" in failures:
             raise LookupError(f"{what} of {self.info['name']}")
         await do()
-        if f"{what} after" in refuses:
+        if f"{what} after" in failures:
             raise LookupError(f"{what} of {self.info['name']}")
 
 
-def stubborn(schema: Schema, ctxalchemy: ModuleType, name: str, *refuses: str) -> Any:
+def failing_db(schema: Schema, ctxalchemy: ModuleType, name: str, *failures: str) -> Any:
     plain = schema.db(ctxalchemy)
-    info = {"name": name, "refuses": refuses}
-    return ctxalchemy.DBConnect(plain.engine_creator, maker_creator(class_=StubbornSession, info=info), plain.host)
+    info = {"name": name, "failures": failures}
+    return ctxalchemy.DBConnect(plain.engine_creator, maker_creator(class_=FailingSession, info=info), plain.host)
 
 
-@which
-async def test_rollbacks_that_fail_keep_no_other_from_being_rolled_back(
+@each_failure
+async def test_failed_rollback_does_not_prevent_the_other_rollbacks(
     ctxalchemy: ModuleType, schema: Schema, db: Any, other_db: Any, third_db: Any, bad: tuple[int, ...]
 ) -> None:
-    """The server has ended some of the connections before a handled error is answered."""
+    """The server terminates some of the connections before the application answers with status 404."""
     databases = (db, other_db, third_db)
 
     async def endpoint() -> Answer:
@@ -393,13 +394,13 @@ async def test_rollbacks_that_fail_keep_no_other_from_being_rolled_back(
     await assert_whole(ctxalchemy, schema, *databases, notes=[])
 
 
-@which
+@each_failure
 @pytest.mark.parametrize("when", ["before", "after"])
-async def test_closes_that_fail_keep_no_other_from_being_closed(
+async def test_failed_close_does_not_prevent_other_sessions_from_being_closed(
     ctxalchemy: ModuleType, schema: Schema, bad: tuple[int, ...], when: str
 ) -> None:
     databases = [
-        stubborn(schema, ctxalchemy, name, *([f"close {when}"] if number in bad else []))
+        failing_db(schema, ctxalchemy, name, *([f"close {when}"] if number in bad else []))
         for number, name in enumerate(NAMES)
     ]
     sessions: list[AsyncSession] = []
@@ -416,11 +417,11 @@ async def test_closes_that_fail_keep_no_other_from_being_closed(
     error = caught.value
     errors = error.exceptions if isinstance(error, ExceptionGroup) else (error,)
     assert [str(each) for each in errors] == [f"close of {NAMES[number]}" for number in bad]
-    # They were committed before: that stands, and was answered.
+    # The sessions were committed before, and the response was sent.
     assert witness.statuses == [200]
     assert await witness.errors() == [error]
     for number in bad:
-        sessions[number].info["refuses"] = ()
+        sessions[number].info["failures"] = ()
         databases[number].session_maker_creator = maker_creator()
         await databases[number].close()
     await assert_whole(ctxalchemy, schema, *databases, notes=list(NAMES))
@@ -428,15 +429,15 @@ async def test_closes_that_fail_keep_no_other_from_being_closed(
         await each.close()
 
 
-@which
-@pytest.mark.parametrize("refuses", ["rollback before", "rollback after", "close before", "close after"])
-async def test_the_error_of_a_handler_is_not_masked_by_what_fails_after_it(
-    ctxalchemy: ModuleType, schema: Schema, bad: tuple[int, ...], refuses: str
+@each_failure
+@pytest.mark.parametrize("failure", ["rollback before", "rollback after", "close before", "close after"])
+async def test_error_of_an_endpoint_is_not_masked_by_later_failures(
+    ctxalchemy: ModuleType, schema: Schema, bad: tuple[int, ...], failure: str
 ) -> None:
     databases = [
-        stubborn(schema, ctxalchemy, name, *([refuses] if number in bad else [])) for number, name in enumerate(NAMES)
+        failing_db(schema, ctxalchemy, name, *([failure] if number in bad else [])) for number, name in enumerate(NAMES)
     ]
-    error = ValueError("of the handler")
+    error = ValueError("of the endpoint")
 
     async def endpoint() -> Answer:
         for each, name in zip(databases, NAMES, strict=True):
@@ -444,12 +445,12 @@ async def test_the_error_of_a_handler_is_not_masked_by_what_fails_after_it(
         raise error
 
     witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), *databases)
-    with pytest.raises(ValueError, match="of the handler") as caught:
+    with pytest.raises(ValueError, match="of the endpoint") as caught:
         await call(witness)
     assert caught.value is error
     assert await witness.errors() == [error]
     for number in bad:
-        assert f"{refuses.split()[0]} of {NAMES[number]}" in notes_of(error)
+        assert f"{failure.split()[0]} of {NAMES[number]}" in notes_of(error)
         databases[number].session_maker_creator = maker_creator()
         await databases[number].close()
     await assert_whole(ctxalchemy, schema, *databases, notes=[])
@@ -458,11 +459,11 @@ async def test_the_error_of_a_handler_is_not_masked_by_what_fails_after_it(
 
 
 @pytest.mark.parametrize("bad", [(0,), (1,), (0, 1)], ids=str)
-async def test_resetting_a_context_closes_everything_and_restores_the_one_before_whatever_fails(
+async def test_reset_closes_all_sessions_and_restores_the_outer_context_despite_failures(
     ctxalchemy: ModuleType, schema: Schema, bad: tuple[int, ...]
 ) -> None:
     databases = [
-        stubborn(schema, ctxalchemy, name, *(["close after"] if number in bad else []))
+        failing_db(schema, ctxalchemy, name, *(["close after"] if number in bad else []))
         for number, name in enumerate(NAMES[:2])
     ]
     async with ctxalchemy.new_ctx():
@@ -474,7 +475,7 @@ async def test_resetting_a_context_closes_everything_and_restores_the_one_before
             await ctxalchemy.reset_db_session_ctx(token)
         assert ctxalchemy.is_context_initiated()
         assert await ctxalchemy.db_session(databases[0]) is outer
-        outer.info["refuses"] = ()
+        outer.info["failures"] = ()
     errors = caught.value.exceptions if isinstance(caught.value, ExceptionGroup) else (caught.value,)
     assert [str(each) for each in errors] == [f"close of {NAMES[number]}" for number in bad]
     for each in databases:
