@@ -1,4 +1,4 @@
-"""Making a connection fails, hangs and is cancelled; hosts change, and loops come and go, under load."""
+"""A ``DBConnect`` stays usable despite errors, cancellations, host changes, closes and several loops under load."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ manners = pytest.mark.parametrize("manner", ["late", "again", "scope", "everythi
 
 
 def engine_creator(schema: Schema, **options: Any) -> Callable[[str], AsyncEngine]:
-    """Engines whose server processes are known by the host they were reached at."""
+    """A creator of engines whose server processes are identified by the host that the engine connects to."""
 
     def create(host: str) -> AsyncEngine:
         url = make_url(schema.url).set(host=host)
@@ -40,7 +40,7 @@ def engine_creator(schema: Schema, **options: Any) -> Callable[[str], AsyncEngin
 
 
 @pytest.fixture
-async def hosted(ctxalchemy: ModuleType, schema: Schema) -> AsyncIterator[Any]:
+async def hosted_db(ctxalchemy: ModuleType, schema: Schema) -> AsyncIterator[Any]:
     async with watched(ctxalchemy.DBConnect(engine_creator(schema), maker_creator(), OLD)) as db:
         yield db
 
@@ -51,8 +51,8 @@ async def write(ctxalchemy: ModuleType, db: Any, *names: str) -> None:
             await add_note(await ctxalchemy.db_session(db), name)
 
 
-async def gone(schema: Schema, host: str = "") -> bool:
-    """Whether the server has no process left for those who reached it at this host, soon."""
+async def all_closed(schema: Schema, host: str = "") -> bool:
+    """Whether all connections to this host, or to any host, are closed on the server, now or soon."""
 
     async def condition() -> bool:
         return await schema.backends(f"@{host}" if host else "%") == []
@@ -63,11 +63,13 @@ async def gone(schema: Schema, host: str = "") -> bool:
 # --- creators and handlers that raise ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("what", ["engine", "session maker", "handler", "handler, late", "not an engine", "no server"])
-async def test_a_request_whose_session_cannot_be_made_is_an_error_and_the_next_succeeds(
+@pytest.mark.parametrize(
+    "what", ["engine", "session maker", "handler", "handler, after an await", "not an engine", "no server"]
+)
+async def test_failure_to_create_a_session_is_an_error_and_the_next_request_succeeds(
     ctxalchemy: ModuleType, schema: Schema, db: Any, what: str
 ) -> None:
-    """It has written to another database before: that is undone."""
+    """The request has written to another database before: the write is rolled back."""
     error = LookupError(what)
     broken = True
 
@@ -85,9 +87,9 @@ async def test_a_request_whose_session_cannot_be_made_is_an_error_and_the_next_s
             raise error
         return maker_creator()(engine)
 
-    async def handler(_connection: Any) -> None:
+    async def handler(_db: Any) -> None:
         if broken and what.startswith("handler"):
-            if what.endswith("late"):
+            if what.endswith("after an await"):
                 await asyncio.sleep(0.01)
             raise error
 
@@ -115,7 +117,9 @@ async def test_a_request_whose_session_cannot_be_made_is_an_error_and_the_next_s
     await failing.close()
 
 
-async def test_a_creator_that_raises_at_a_host_change_disturbs_nobody(ctxalchemy: ModuleType, schema: Schema) -> None:
+async def test_creator_that_raises_at_a_host_change_does_not_affect_sessions_in_flight(
+    ctxalchemy: ModuleType, schema: Schema
+) -> None:
     error = LookupError(NEW)
     gate = Gate()
 
@@ -145,19 +149,19 @@ async def test_a_creator_that_raises_at_a_host_change_disturbs_nobody(ctxalchemy
     await db.close()
 
 
-# --- handlers and creators that hang, and are cancelled ----------------------------------------------
+# --- handlers and servers that hang, and cancellation -----------------------------------------------
 
 
-async def test_a_handler_that_hangs_and_is_cancelled_holds_up_nobody_else(
+async def test_cancelled_caller_of_a_hanging_handler_does_not_affect_the_other_callers(
     ctxalchemy: ModuleType, schema: Schema
 ) -> None:
-    """Of five tasks that ask for the session, whoever is in the handler is cancelled, until one is left."""
-    arrived = 0
+    """Five tasks request the session.  The task that awaits the handler is cancelled, until one task is left."""
+    handler_calls = 0
     gate = asyncio.Event()
 
-    async def handler(_connection: Any) -> None:
-        nonlocal arrived
-        arrived += 1
+    async def handler(_db: Any) -> None:
+        nonlocal handler_calls
+        handler_calls += 1
         await gate.wait()
 
     db = schema.db(ctxalchemy, before_create_session_handler=handler)
@@ -165,23 +169,23 @@ async def test_a_handler_that_hangs_and_is_cancelled_holds_up_nobody_else(
     async def endpoint() -> Answer:
         tasks = [asyncio.create_task(ctxalchemy.db_session(db)) for _ in range(5)]
         for number, task in enumerate(tasks[:4], 1):
-            assert await eventually(_async(lambda: arrived == number))  # noqa: B023
+            assert await eventually(async_condition(lambda: handler_calls == number))  # noqa: B023
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
-        assert await eventually(_async(lambda: arrived == 5))
+        assert await eventually(async_condition(lambda: handler_calls == 5))
         gate.set()
         session = await tasks[4]
-        await add_note(session, "by the last one")
+        await add_note(session, "by the last task")
         assert await ctxalchemy.db_session(db) is session
         return Answer()
 
     assert (await call(build("asgi", ctxalchemy, endpoint)))[0]["status"] == 200
-    await assert_whole(ctxalchemy, schema, db, notes=["by the last one"])
+    await assert_whole(ctxalchemy, schema, db, notes=["by the last task"])
     await db.close()
 
 
-async def test_requests_that_wait_for_a_hanging_handler_are_cancelled_together(
+async def test_all_requests_that_wait_for_a_hanging_handler_can_be_cancelled(
     ctxalchemy: ModuleType, schema: Schema
 ) -> None:
     gate = Gate()
@@ -194,7 +198,7 @@ async def test_requests_that_wait_for_a_hanging_handler_are_cancelled_together(
     app = build("asgi", ctxalchemy, endpoint)
     requests = [asyncio.create_task(call(app)) for _ in range(10)]
     await gate.reached()
-    assert await eventually(_async(lambda: gate.arrivals == 10))
+    assert await eventually(async_condition(lambda: gate.arrivals == 10))
     for request in requests:
         request.cancel()
     results = await asyncio.gather(*requests, return_exceptions=True)
@@ -204,12 +208,12 @@ async def test_requests_that_wait_for_a_hanging_handler_are_cancelled_together(
     await db.close()
 
 
-async def test_a_server_that_does_not_answer_holds_up_a_request_only_until_it_is_cancelled(
+async def test_request_to_a_server_that_does_not_answer_can_be_cancelled(
     ctxalchemy: ModuleType, schema: Schema
 ) -> None:
-    """It takes the TCP connection, and says nothing."""
-    taken: list[asyncio.StreamWriter] = []
-    silent = await asyncio.start_server(lambda _, writer: taken.append(writer), "127.0.0.1", 0)
+    """The server accepts the TCP connection and sends nothing."""
+    accepted: list[asyncio.StreamWriter] = []
+    silent = await asyncio.start_server(lambda _, writer: accepted.append(writer), "127.0.0.1", 0)
     url = make_url(schema.url).set(host="127.0.0.1", port=silent.sockets[0].getsockname()[1])
     db = ctxalchemy.DBConnect.from_url(url, pool_size=1, max_overflow=0, pool_timeout=5)
 
@@ -217,15 +221,15 @@ async def test_a_server_that_does_not_answer_holds_up_a_request_only_until_it_is
         await add_note(await ctxalchemy.db_session(db), "never")
         return Answer()
 
-    # With a pool of one, the second one waits for the first.
+    # With a pool of one, the second request waits for the first.
     requests = [asyncio.create_task(call(build("asgi", ctxalchemy, endpoint))) for _ in range(2)]
-    assert await eventually(_async(lambda: len(taken) == 1))
+    assert await eventually(async_condition(lambda: len(accepted) == 1))
     for request in requests:
         request.cancel()
     results = await asyncio.gather(*requests, return_exceptions=True)
     assert [type(result) for result in results] == [asyncio.CancelledError] * 2
     assert await checked_out(db) == 0
-    for writer in taken:
+    for writer in accepted:
         writer.close()
     silent.close()
     await db.close()
@@ -233,10 +237,10 @@ async def test_a_server_that_does_not_answer_holds_up_a_request_only_until_it_is
 
 
 @manners
-async def test_making_the_first_session_is_cancelled_anywhere(
+async def test_creating_the_first_session_can_be_cancelled_at_any_suspension_point(
     ctxalchemy: ModuleType, schema: Schema, manner: Manner
 ) -> None:
-    """The handler asks a database which host to use."""
+    """The handler reads the host to use from another database."""
     registry = schema.db(ctxalchemy)
 
     async def handler(db: Any) -> None:
@@ -267,35 +271,35 @@ async def test_making_the_first_session_is_cancelled_anywhere(
 
 @manners
 @pytest.mark.parametrize("how", ["change_host", "connect", "close", "create_session"])
-async def test_changing_and_closing_is_cancelled_anywhere(
-    ctxalchemy: ModuleType, schema: Schema, hosted: Any, how: str, manner: Manner
+async def test_methods_of_the_database_can_be_cancelled_at_any_suspension_point(
+    ctxalchemy: ModuleType, schema: Schema, hosted_db: Any, how: str, manner: Manner
 ) -> None:
-    """What was begun is finished: the connections to the old host are gone, the next requests are served."""
+    """The method runs to its end: connections to the old host are terminated, and the next requests succeed."""
     in_flight: list[Any] = []
 
     async def before() -> None:
         await schema.observer.execute("DELETE FROM note")
-        await hosted.change_host(OLD)
-        await assert_serves(ctxalchemy, hosted)
+        await hosted_db.change_host(OLD)
+        await assert_serves(ctxalchemy, hosted_db)
         await schema.observer.execute("DELETE FROM note")
 
     async def request() -> None:
         if how == "close":
-            await hosted.close()
+            await hosted_db.close()
         elif how == "create_session":
-            session = await hosted.create_session()
+            session = await hosted_db.create_session()
             in_flight.append(session)
         else:
-            await getattr(hosted, how)(NEW)
+            await getattr(hosted_db, how)(NEW)
 
     async def check(run: Run) -> None:
         assert type(run.error) is asyncio.CancelledError if run.cancellations else run.error is None
         assert run.complaints == []
         if how in ("change_host", "connect"):
-            assert hosted.host in (OLD, NEW)
-        if how == "close" or hosted.host == NEW:
-            assert await gone(schema, OLD)
-        await assert_whole(ctxalchemy, schema, hosted, notes=[])
+            assert hosted_db.host in (OLD, NEW)
+        if how == "close" or hosted_db.host == NEW:
+            assert await all_closed(schema, OLD)
+        await assert_whole(ctxalchemy, schema, hosted_db, notes=[])
 
     await sweep(manner, request, check, before=before)
     for session in in_flight:
@@ -305,8 +309,8 @@ async def test_changing_and_closing_is_cancelled_anywhere(
 # --- host changes under load -------------------------------------------------------------------------
 
 
-async def test_hosts_change_while_requests_are_served(ctxalchemy: ModuleType, schema: Schema) -> None:
-    """Every write that was answered is there, and nothing is left at the host of before."""
+async def test_host_changes_while_requests_are_served(ctxalchemy: ModuleType, schema: Schema) -> None:
+    """Every write of a successful request is there, and no connection to the earlier host is left."""
     failures = 0
 
     def create_engine(host: str) -> AsyncEngine:
@@ -337,59 +341,59 @@ async def test_hosts_change_while_requests_are_served(ctxalchemy: ModuleType, sc
     changing = asyncio.create_task(change())
     async with client_of(build("asgi", ctxalchemy, endpoint), "tcp") as client:
 
-        async def ask() -> list[int]:
+        async def send_requests() -> list[int]:
             return [(await client.get("/")).status_code for _ in range(15)]
 
-        statuses = [status for each in await asyncio.gather(*(ask() for _ in range(8))) for status in each]
+        statuses = [status for each in await asyncio.gather(*(send_requests() for _ in range(8))) for status in each]
     stop.set()
     await changing
     assert statuses == [200] * 120
     assert seen == {f"{schema.name}@{OLD}", f"{schema.name}@{NEW}"}
     assert await schema.notes() == [f"{number:03}" for number in range(120)]
-    assert await gone(schema, OLD if db.host == NEW else NEW)
+    assert await all_closed(schema, OLD if db.host == NEW else NEW)
     assert await checked_out(db) == 0
     await db.close()
-    assert await gone(schema)
+    assert await all_closed(schema)
 
 
-async def test_a_host_changes_back_and_forth_under_sessions_in_every_state(
-    ctxalchemy: ModuleType, schema: Schema, hosted: Any
+async def test_host_changes_repeatedly_with_open_sessions_in_every_state(
+    ctxalchemy: ModuleType, schema: Schema, hosted_db: Any
 ) -> None:
-    """One is fresh, one was used before, one is in a transaction, one is in the middle of a statement."""
-    await write(ctxalchemy, hosted, "at first")
+    """One session is fresh, one was used before, one is in a transaction, and one is executing a statement."""
+    await write(ctxalchemy, hosted_db, "at first")
     sessions = []
     for _ in range(4):
-        sessions.append(await hosted.create_session())
-        await hosted.change_host(NEW if hosted.host == OLD else OLD)
-    fresh, used, begun, busy = sessions
+        sessions.append(await hosted_db.create_session())
+        await hosted_db.change_host(NEW if hosted_db.host == OLD else OLD)
+    fresh, used, begun, executing = sessions
     await count_notes(used)
     await used.rollback()
     await add_note(begun, "begun")
-    statement = asyncio.create_task(busy.execute(text("INSERT INTO note SELECT 'busy' FROM pg_sleep(0.05)")))
+    statement = asyncio.create_task(executing.execute(text("INSERT INTO note SELECT 'executing' FROM pg_sleep(0.05)")))
 
     async def in_the_statement() -> bool:
         return "active" in await schema.backends()
 
     assert await eventually(in_the_statement)
-    await hosted.change_host(NEW)
-    await hosted.change_host(OLD)
+    await hosted_db.change_host(NEW)
+    await hosted_db.change_host(OLD)
     await statement
     for session, name in ((fresh, "fresh"), (used, "used")):
         await add_note(session, name)
     for session in sessions:
         await session.commit()
         await session.close()
-    assert await gone(schema)
-    await assert_whole(ctxalchemy, schema, hosted, notes=["at first", "begun", "busy", "fresh", "used"])
+    assert await all_closed(schema)
+    await assert_whole(ctxalchemy, schema, hosted_db, notes=["at first", "begun", "executing", "fresh", "used"])
 
 
 # --- event loops -------------------------------------------------------------------------------------
 
 
-async def test_two_event_loops_share_a_connection_under_load(
-    ctxalchemy: ModuleType, schema: Schema, hosted: Any
+async def test_two_event_loops_share_a_database_under_load(
+    ctxalchemy: ModuleType, schema: Schema, hosted_db: Any
 ) -> None:
-    """Requests in two threads at once, while a third changes the host."""
+    """Two threads serve requests while a third thread changes the host."""
     served = {"here ": threading.Event(), "there ": threading.Event()}
 
     async def serve(prefix: str) -> None:
@@ -400,7 +404,7 @@ async def test_two_event_loops_share_a_connection_under_load(
 
     async def serve_requests(prefix: str) -> None:
         async def endpoint() -> Answer:
-            session = await ctxalchemy.db_session(hosted)
+            session = await ctxalchemy.db_session(hosted_db)
             await add_note(session, f"{prefix}{next(numbers):02}")
             return Answer()
 
@@ -409,59 +413,59 @@ async def test_two_event_loops_share_a_connection_under_load(
         for _ in range(10):
             for sent in await asyncio.gather(*(call(app) for _ in range(4))):
                 assert sent[0]["status"] == 200
-        assert await checked_out(hosted) == 0
+        assert await checked_out(hosted_db) == 0
 
-    async def serve_and_leave(prefix: str) -> None:
+    async def serve_and_close(prefix: str) -> None:
         await serve(prefix)
-        # A closing ends what is in flight on a host of before a change.
+        # ``close`` terminates connections to an earlier host that are still checked out.
         await asyncio.to_thread(served["here "].wait)
-        await hosted.close()
+        await hosted_db.close()
 
     async def change() -> None:
-        # A second closing would end what is in flight.
+        # A second ``close`` would terminate connections that are still checked out.
         while not all(each.is_set() for each in served.values()):
-            await hosted.change_host(NEW if hosted.host == OLD else OLD)
+            await hosted_db.change_host(NEW if hosted_db.host == OLD else OLD)
             await asyncio.sleep(0.01)
-        await hosted.close()
+        await hosted_db.close()
 
     await asyncio.gather(
         serve("here "),
-        asyncio.to_thread(asyncio.run, serve_and_leave("there ")),
+        asyncio.to_thread(asyncio.run, serve_and_close("there ")),
         asyncio.to_thread(asyncio.run, change()),
     )
     expected = [f"{prefix}{number:02}" for prefix in ("here ", "there ") for number in range(40)]
     assert await schema.notes() == expected
-    await assert_whole(ctxalchemy, schema, hosted, notes=expected)
-    await hosted.close()
-    assert await gone(schema)
+    await assert_whole(ctxalchemy, schema, hosted_db, notes=expected)
+    await hosted_db.close()
+    assert await all_closed(schema)
 
 
 @needs_asyncpg
-async def test_a_loop_that_is_over_is_no_obstacle_for_the_others(
-    ctxalchemy: ModuleType, schema: Schema, hosted: Any
+async def test_closed_event_loop_does_not_affect_the_other_loops(
+    ctxalchemy: ModuleType, schema: Schema, hosted_db: Any
 ) -> None:
-    """Its engine was left behind with a connection in the pool: what becomes of that, asyncpg decides."""
+    """The engine of the closed loop still has a connection in its pool; asyncpg decides when it is closed."""
 
-    async def use_and_leave() -> None:
-        await write(ctxalchemy, hosted, "in a loop that is over")
+    async def write_without_closing() -> None:
+        await write(ctxalchemy, hosted_db, "in a closed loop")
 
-    await write(ctxalchemy, hosted, "here")
+    await write(ctxalchemy, hosted_db, "here")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
-        await asyncio.to_thread(asyncio.run, use_and_leave())
-        await asyncio.wait_for(write(ctxalchemy, hosted, "here again"), 5)
-        await asyncio.wait_for(hosted.change_host(NEW), 5)
-        await assert_whole(ctxalchemy, schema, hosted, notes=["here", "here again", "in a loop that is over"])
-        await asyncio.wait_for(hosted.close(), 5)
-        # What asyncpg has to say of the loop that is over, it says here.
+        await asyncio.to_thread(asyncio.run, write_without_closing())
+        await asyncio.wait_for(write(ctxalchemy, hosted_db, "here again"), 5)
+        await asyncio.wait_for(hosted_db.change_host(NEW), 5)
+        await assert_whole(ctxalchemy, schema, hosted_db, notes=["here", "here again", "in a closed loop"])
+        await asyncio.wait_for(hosted_db.close(), 5)
+        # asyncpg warns about the closed loop here, where warnings are ignored.
         gc.collect()
-    assert await gone(schema)
+    assert await all_closed(schema)
 
 
 # --- closing -----------------------------------------------------------------------------------------
 
 
-async def test_closing_lets_requests_in_flight_finish(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
+async def test_close_does_not_interrupt_requests_in_flight(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
     gate = Gate()
 
     async def endpoint() -> Answer:
@@ -473,15 +477,15 @@ async def test_closing_lets_requests_in_flight_finish(ctxalchemy: ModuleType, sc
     await gate.reached()
     await db.close()
     assert await schema.backends() == ["idle in transaction"]
-    # Others are served meanwhile, on a pool of their own.
+    # Other contexts are served meanwhile, with a new pool.
     await write(ctxalchemy, db, "meanwhile")
     gate.open()
     assert (await request)[0]["status"] == 200
-    assert await eventually(_async_backends(schema, "idle"))
+    assert await eventually(backends_are(schema, "idle"))
     await assert_whole(ctxalchemy, schema, db, notes=["in flight", "meanwhile"])
 
 
-async def test_closing_a_second_time_ends_requests_that_are_still_in_flight(
+async def test_second_close_terminates_connections_that_are_still_checked_out(
     ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     gate = Gate()
@@ -497,7 +501,7 @@ async def test_closing_a_second_time_ends_requests_that_are_still_in_flight(
     await gate.reached()
     await db.close()
     await db.close()
-    assert await gone(schema)
+    assert await all_closed(schema)
     gate.open()
     with pytest.raises((DBAPIError, PendingRollbackError)):
         await request
@@ -505,12 +509,12 @@ async def test_closing_a_second_time_ends_requests_that_are_still_in_flight(
 
 
 @needs_asyncpg
-@pytest.mark.parametrize("by_hand", [False, True])
-@pytest.mark.parametrize("turns", range(6))
-async def test_a_commit_on_a_connection_that_another_task_is_giving_up_is_no_success(
-    ctxalchemy: ModuleType, schema: Schema, db: Any, turns: int, by_hand: bool
+@pytest.mark.parametrize("commits_itself", [False, True])
+@pytest.mark.parametrize("iterations", range(6))
+async def test_commit_on_a_connection_that_another_task_is_invalidating_is_never_a_success(
+    ctxalchemy: ModuleType, schema: Schema, db: Any, iterations: int, commits_itself: bool
 ) -> None:
-    """The server ended it in that task's statement.  SQLAlchemy closes it then, which takes a few turns of the loop."""
+    """The server terminates the connection in that task's statement; SQLAlchemy closes it some iterations later."""
 
     async def endpoint() -> Answer:
         session = await ctxalchemy.db_session(db)
@@ -520,9 +524,9 @@ async def test_a_commit_on_a_connection_that_another_task_is_giving_up_is_no_suc
         task.add_done_callback(lambda task: task.exception())
         while not driver.is_closed():  # noqa: ASYNC110
             await asyncio.sleep(0)
-        for _ in range(turns):
+        for _ in range(iterations):
             await asyncio.sleep(0)
-        if by_hand:
+        if commits_itself:
             await session.commit()
         return Answer()
 
@@ -531,17 +535,17 @@ async def test_a_commit_on_a_connection_that_another_task_is_giving_up_is_no_suc
     await assert_whole(ctxalchemy, schema, db, notes=[])
 
 
-@pytest.mark.parametrize("by_hand", [False, True])
-async def test_a_commit_on_a_connection_that_closing_has_ended_is_no_success(
-    ctxalchemy: ModuleType, schema: Schema, db: Any, by_hand: bool
+@pytest.mark.parametrize("commits_itself", [False, True])
+async def test_commit_on_a_connection_that_close_has_terminated_is_never_a_success(
+    ctxalchemy: ModuleType, schema: Schema, db: Any, commits_itself: bool
 ) -> None:
-    """The request does nothing any more but answer."""
+    """After the connection is terminated, the request executes no further statement."""
     gate = Gate()
 
     async def endpoint() -> Answer:
         await add_note(await ctxalchemy.db_session(db), "lost")
         await gate()
-        if by_hand:
+        if commits_itself:
             await (await ctxalchemy.db_session(db)).commit()
         return Answer()
 
@@ -555,7 +559,7 @@ async def test_a_commit_on_a_connection_that_closing_has_ended_is_no_success(
     await assert_whole(ctxalchemy, schema, db, notes=[])
 
 
-async def test_closing_while_a_request_waits_for_the_pool_serves_it_even_so(
+async def test_request_that_waits_for_the_pool_is_served_after_close(
     ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     gate = Gate()
@@ -575,11 +579,11 @@ async def test_closing_while_a_request_waits_for_the_pool_serves_it_even_so(
     await db.close()
     gate.open()
     assert [sent[0]["status"] for sent in await asyncio.gather(*requests)] == [200, 200]
-    assert await gone(schema)
+    assert await all_closed(schema)
     await assert_whole(ctxalchemy, schema, db, notes=["first", "second"])
 
 
-async def test_closing_while_database_connections_are_being_opened(ctxalchemy: ModuleType, schema: Schema) -> None:
+async def test_close_while_connections_are_being_opened(ctxalchemy: ModuleType, schema: Schema) -> None:
     db = schema.db(ctxalchemy, pool_size=4)
     for pause in range(12):
 
@@ -595,32 +599,32 @@ async def test_closing_while_database_connections_are_being_opened(ctxalchemy: M
             assert isinstance(result, DBAPIError | PendingRollbackError) or result[0]["status"] == 200  # type: ignore[index]
         assert await checked_out(db) == 0
         await db.close()
-        assert await gone(schema)
+        assert await all_closed(schema)
     await assert_serves(ctxalchemy, db)
     await db.close()
 
 
-async def test_many_may_close_at_once_and_use_it_again_at_once(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
+async def test_concurrent_closes_and_uses_afterwards_succeed(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
     for number in range(3):
         await write(ctxalchemy, db, f"before {number}")
         await asyncio.gather(*(db.close() for _ in range(5)))
-        assert await gone(schema)
+        assert await all_closed(schema)
         await asyncio.gather(*(write(ctxalchemy, db, f"after {number} {each}") for each in range(3)))
     await db.close()
     await db.close()
     await assert_whole(ctxalchemy, schema, db, notes=await schema.notes())
-    assert await eventually(_async_backends(schema, "idle"))
+    assert await eventually(backends_are(schema, "idle"))
 
 
-def _async(condition: Callable[[], bool]) -> Callable[[], Any]:
-    async def ask() -> bool:
+def async_condition(condition: Callable[[], bool]) -> Callable[[], Any]:
+    async def evaluate() -> bool:
         return condition()
 
-    return ask
+    return evaluate
 
 
-def _async_backends(schema: Schema, *states: str) -> Callable[[], Any]:
-    async def ask() -> bool:
+def backends_are(schema: Schema, *states: str) -> Callable[[], Any]:
+    async def evaluate() -> bool:
         return await schema.backends() == list(states)
 
-    return ask
+    return evaluate

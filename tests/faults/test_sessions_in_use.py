@@ -1,4 +1,4 @@
-"""A request ends while its tasks are busy on the session: no connection goes back in the middle of anything."""
+"""If a request ends while its session is in use, no connection in an unknown state is returned to the pool."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ ENDS = ("200", "404", "exception", "no response", "cancelled")
 CLASSES = (AsyncSession, OverriddenSession)
 
 
-class Busy:
-    """A request that leaves tasks behind, and ends while they are busy.
+class SessionInUse:
+    """A request that ends while other tasks are using its session.
 
     Args:
         ctxalchemy: the package.
-        connection: the request's.
-        start: makes the tasks busy on the session, and returns them.
-        end: how the request ends then.
-        kind: of the application.
+        db: the database of the request.
+        start: starts the tasks that use the session, and returns them.
+        end: how the request ends.
+        kind: the kind of the application.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Busy:
         )
 
     async def __call__(self) -> list[Any]:
-        """Run it to its end; return what became of its tasks, which must be over soon."""
+        """Run the request to its end; return the outcomes of its tasks, which must end soon."""
         request = asyncio.create_task(call(self.witness))
         await self.gate.reached()
         if self.end == "cancelled":
@@ -95,7 +95,7 @@ class Busy:
         return await asyncio.wait_for(asyncio.gather(*self.tasks, return_exceptions=True), 5)
 
     async def assert_ended(self) -> None:
-        """It ended as it was to; only a success turned into an error, that of the commit."""
+        """The request ended as ``end`` names, except that a success became the error of its commit."""
         error = await self.witness.error()
         expected: dict[str, tuple[type[BaseException], ...]] = {
             "200": (InvalidRequestError, DBAPIError),
@@ -116,7 +116,7 @@ async def sleep_long(session: AsyncSession) -> None:
 
 
 def in_a_statement(schema: Schema, *, written: bool = True, waiting: int = 0) -> Any:
-    """A task is in the middle of a statement, and others wait in line behind it."""
+    """One task is executing a statement, and other tasks wait for that statement to end."""
 
     async def start(session: AsyncSession) -> list[asyncio.Task[Any]]:
         if written:
@@ -131,36 +131,36 @@ def in_a_statement(schema: Schema, *, written: bool = True, waiting: int = 0) ->
     return start
 
 
-# --- in the middle of a statement --------------------------------------------------------------------
+# --- while a task executes a statement ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("session_class", CLASSES)
 @pytest.mark.parametrize("end", ENDS)
-async def test_a_task_is_in_the_middle_of_a_statement(
+async def test_request_that_ends_during_a_statement_of_a_task_leaves_nothing_open(
     ctxalchemy: ModuleType, schema: Schema, session_class: type[AsyncSession], end: str
 ) -> None:
     db = db_with(ctxalchemy, schema, session_class)
-    busy = Busy(ctxalchemy, db, in_a_statement(schema), end)
-    assert all_failed(await busy())
-    await busy.assert_ended()
+    case = SessionInUse(ctxalchemy, db, in_a_statement(schema), end)
+    assert all_failed(await case())
+    await case.assert_ended()
     await assert_whole(ctxalchemy, schema, db, notes=[])
     await db.close()
 
 
 @pytest.mark.parametrize("end", ENDS)
-async def test_a_task_is_in_the_middle_of_a_statement_over_psycopg(
+async def test_request_that_ends_during_a_statement_leaves_nothing_open_over_psycopg(
     ctxalchemy: ModuleType, schema: Schema, end: str
 ) -> None:
     db = psycopg_db(ctxalchemy, schema)
-    busy = Busy(ctxalchemy, db, in_a_statement(schema), end)
-    assert all_failed(await busy())
-    await busy.assert_ended()
+    case = SessionInUse(ctxalchemy, db, in_a_statement(schema), end)
+    assert all_failed(await case())
+    await case.assert_ended()
     await assert_whole(ctxalchemy, schema, db, notes=[])
     await db.close()
 
 
 @pytest.mark.parametrize("end", ENDS)
-async def test_a_task_is_in_the_middle_of_a_statement_on_sqlite(
+async def test_request_that_ends_during_a_statement_leaves_nothing_open_on_sqlite(
     ctxalchemy: ModuleType, tmp_path: Path, end: str
 ) -> None:
     schema = await SQLiteFile.create(tmp_path / "notes.sqlite3")
@@ -173,31 +173,31 @@ async def test_a_task_is_in_the_middle_of_a_statement_on_sqlite(
         await asyncio.sleep(0.01)
         return [task]
 
-    busy = Busy(ctxalchemy, db, start, end)
-    (outcome,) = await busy()
-    if end == "200" and await busy.witness.error() is None:
-        # Before SQLAlchemy 2.1 the COMMIT waits in line for the statement.
-        assert busy.witness.statuses == [200]
+    case = SessionInUse(ctxalchemy, db, start, end)
+    (outcome,) = await case()
+    if end == "200" and await case.witness.error() is None:
+        # Before SQLAlchemy 2.1 the COMMIT waits for the statement to end.
+        assert case.witness.statuses == [200]
         assert not isinstance(outcome, BaseException)
         await assert_whole(ctxalchemy, schema, db, notes=["lost"])
     else:
-        await busy.assert_ended()
+        await case.assert_ended()
         await assert_whole(ctxalchemy, schema, db, notes=[])
     await db.close()
 
 
 @pytest.mark.parametrize("end", ["200", "404", "exception"])
 @pytest.mark.parametrize("kind", ["starlette", "fastapi"])
-async def test_a_task_is_in_the_middle_of_a_statement_in_either_framework(
+async def test_request_that_ends_during_a_statement_leaves_nothing_open_in_each_framework(
     ctxalchemy: ModuleType, schema: Schema, db: Any, kind: Kind, end: str
 ) -> None:
-    busy = Busy(ctxalchemy, db, in_a_statement(schema), end, kind)
-    assert all_failed(await busy())
-    await busy.assert_ended()
+    case = SessionInUse(ctxalchemy, db, in_a_statement(schema), end, kind)
+    assert all_failed(await case())
+    await case.assert_ended()
     await assert_whole(ctxalchemy, schema, db, notes=[])
 
 
-async def test_the_client_of_a_request_with_a_busy_session_sees_an_error(
+async def test_response_of_a_request_with_a_session_in_use_is_an_error(
     ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     tasks: list[asyncio.Task[Any]] = []
@@ -216,64 +216,64 @@ async def test_the_client_of_a_request_with_a_busy_session_sees_an_error(
 
 
 @pytest.mark.parametrize("end", ENDS)
-async def test_a_task_is_in_the_middle_of_the_first_statement(
-    ctxalchemy: ModuleType, schema: Schema, driven: Any, end: str
+async def test_request_that_ends_during_the_first_statement_leaves_nothing_open(
+    ctxalchemy: ModuleType, schema: Schema, db_per_driver: Any, end: str
 ) -> None:
-    busy = Busy(ctxalchemy, driven, in_a_statement(schema, written=False), end)
-    assert all_failed(await busy())
-    await busy.assert_ended()
-    await assert_whole(ctxalchemy, schema, driven, notes=[])
+    case = SessionInUse(ctxalchemy, db_per_driver, in_a_statement(schema, written=False), end)
+    assert all_failed(await case())
+    await case.assert_ended()
+    await assert_whole(ctxalchemy, schema, db_per_driver, notes=[])
 
 
 @pytest.mark.parametrize("session_class", CLASSES)
 @pytest.mark.parametrize("end", ENDS)
-async def test_tasks_wait_in_line_behind_a_statement(
+async def test_request_that_ends_while_tasks_wait_for_a_statement_leaves_nothing_open(
     ctxalchemy: ModuleType, schema: Schema, session_class: type[AsyncSession], end: str
 ) -> None:
     db = db_with(ctxalchemy, schema, session_class)
-    busy = Busy(ctxalchemy, db, in_a_statement(schema, waiting=2), end)
-    assert all_failed(await busy())
-    await busy.assert_ended()
+    case = SessionInUse(ctxalchemy, db, in_a_statement(schema, waiting=2), end)
+    assert all_failed(await case())
+    await case.assert_ended()
     await assert_whole(ctxalchemy, schema, db, notes=[])
     await db.close()
 
 
 @pytest.mark.parametrize("end", ENDS)
-async def test_tasks_wait_in_line_behind_a_statement_over_psycopg(
+async def test_request_that_ends_while_tasks_wait_leaves_nothing_open_over_psycopg(
     ctxalchemy: ModuleType, schema: Schema, end: str
 ) -> None:
     db = psycopg_db(ctxalchemy, schema)
-    busy = Busy(ctxalchemy, db, in_a_statement(schema, waiting=2), end)
-    assert all_failed(await busy())
-    await busy.assert_ended()
+    case = SessionInUse(ctxalchemy, db, in_a_statement(schema, waiting=2), end)
+    assert all_failed(await case())
+    await case.assert_ended()
     await assert_whole(ctxalchemy, schema, db, notes=[])
     await db.close()
 
 
 @pytest.mark.parametrize("end", [end for end in ENDS if end != "cancelled"])
-async def test_a_task_in_line_has_its_turn_just_as_the_request_ends(
-    ctxalchemy: ModuleType, schema: Schema, driven: Any, end: str
+async def test_request_that_ends_just_before_a_waiting_statement_leaves_nothing_open(
+    ctxalchemy: ModuleType, schema: Schema, db_per_driver: Any, end: str
 ) -> None:
-    """The request's own statement is through, and that of the task has not begun: nobody is in one right now."""
+    """The statement of the request has ended, and that of the task has not begun: no task is executing a statement."""
 
     async def start(session: AsyncSession) -> list[asyncio.Task[Any]]:
         await count_notes(session)
         task = asyncio.create_task(add_note(session, "lost"))
         await session.execute(text("SELECT pg_sleep(0.05)"))
-        busy.gate.open()
+        case.gate.open()
         return [task]
 
-    busy = Busy(ctxalchemy, driven, start, end)
-    await busy()  # The statement may have come through, to be rolled back.
-    await busy.assert_ended()
-    await assert_whole(ctxalchemy, schema, driven, notes=[])
+    case = SessionInUse(ctxalchemy, db_per_driver, start, end)
+    await case()  # The statement may have succeeded; it is rolled back.
+    await case.assert_ended()
+    await assert_whole(ctxalchemy, schema, db_per_driver, notes=[])
 
 
 @pytest.mark.parametrize("end", ENDS)
-async def test_a_task_is_in_the_middle_of_a_flush_in_a_savepoint(
+async def test_request_that_ends_during_a_flush_in_a_savepoint_leaves_nothing_open(
     ctxalchemy: ModuleType, schema: Schema, db: Any, end: str
 ) -> None:
-    """The INSERT waits for that of another transaction, on the same key."""
+    """The INSERT waits for another transaction that has inserted the same key."""
 
     async def insert(session: AsyncSession) -> None:
         async with session.begin_nested():
@@ -288,16 +288,18 @@ async def test_a_task_is_in_the_middle_of_a_flush_in_a_savepoint(
     other = schema.db(ctxalchemy)
     async with ctxalchemy.new_non_ctx_atomic_session(other) as rival:
         await add_note(rival, "contested")
-        busy = Busy(ctxalchemy, db, start, end)
-        assert all_failed(await busy())
-        await busy.assert_ended()
+        case = SessionInUse(ctxalchemy, db, start, end)
+        assert all_failed(await case())
+        await case.assert_ended()
     await assert_whole(ctxalchemy, schema, db, notes=["contested"])
     await other.close()
 
 
 @pytest.mark.parametrize("end", ENDS)
-async def test_a_task_reads_a_server_side_cursor(ctxalchemy: ModuleType, schema: Schema, db: Any, end: str) -> None:
-    """Each row takes its time to be made, so that the cursor is in the middle of it."""
+async def test_request_that_ends_while_a_task_reads_a_cursor_leaves_nothing_open(
+    ctxalchemy: ModuleType, schema: Schema, db: Any, end: str
+) -> None:
+    """The server computes each row slowly, so that the task is fetching a row when the request ends."""
 
     async def read(session: AsyncSession) -> None:
         result = await session.stream(text("SELECT n, pg_sleep(0.02) FROM generate_series(1, 100000) n"))
@@ -310,40 +312,40 @@ async def test_a_task_reads_a_server_side_cursor(ctxalchemy: ModuleType, schema:
         assert await eventually(lambda: sleeping(schema))
         return [task]
 
-    busy = Busy(ctxalchemy, db, start, end)
-    assert all_failed(await busy())
-    await busy.assert_ended()
+    case = SessionInUse(ctxalchemy, db, start, end)
+    assert all_failed(await case())
+    await case.assert_ended()
     await assert_whole(ctxalchemy, schema, db, notes=[])
 
 
-async def test_a_background_task_leaves_a_task_in_the_middle_of_a_statement(
-    ctxalchemy: ModuleType, schema: Schema, driven: Any
+async def test_background_task_that_ends_during_a_statement_raises_to_the_server(
+    ctxalchemy: ModuleType, schema: Schema, db_per_driver: Any
 ) -> None:
     tasks: list[asyncio.Task[Any]] = []
 
     async def background() -> None:
-        tasks.extend(await in_a_statement(schema)(await ctxalchemy.db_session(driven)))
+        tasks.extend(await in_a_statement(schema)(await ctxalchemy.db_session(db_per_driver)))
 
     async def endpoint() -> Answer:
-        await add_note(await ctxalchemy.db_session(driven), "promised")
+        await add_note(await ctxalchemy.db_session(db_per_driver), "promised")
         return Answer(background=background)
 
-    witness = Witness(ctxalchemy, build("starlette", ctxalchemy, endpoint), driven)
+    witness = Witness(ctxalchemy, build("starlette", ctxalchemy, endpoint), db_per_driver)
     async with client_of(witness) as client:
         assert (await client.get("/")).status_code == 200
     assert isinstance(await witness.error(), InvalidRequestError | DBAPIError)
     assert all_failed(await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 5))
-    await assert_whole(ctxalchemy, schema, driven, notes=["promised"])
+    await assert_whole(ctxalchemy, schema, db_per_driver, notes=["promised"])
 
 
-# --- by hand -----------------------------------------------------------------------------------------
+# --- hand-written calls and new contexts -------------------------------------------------------------
 
 
 async def commit(ctxalchemy: ModuleType, db: Any) -> None:
     await ctxalchemy.commit_db_session(db)
 
 
-async def commit_all(ctxalchemy: ModuleType, _connection: Any) -> None:
+async def commit_all(ctxalchemy: ModuleType, _db: Any) -> None:
     await ctxalchemy.commit_all_sessions()
 
 
@@ -351,7 +353,7 @@ async def roll_back(ctxalchemy: ModuleType, db: Any) -> None:
     await ctxalchemy.rollback_db_session(db)
 
 
-async def roll_back_all(ctxalchemy: ModuleType, _connection: Any) -> None:
+async def roll_back_all(ctxalchemy: ModuleType, _db: Any) -> None:
     await ctxalchemy.rollback_all_sessions()
 
 
@@ -359,16 +361,18 @@ async def close(ctxalchemy: ModuleType, db: Any) -> None:
     await ctxalchemy.close_db_session(db)
 
 
-async def close_all(ctxalchemy: ModuleType, _connection: Any) -> None:
+async def close_all(ctxalchemy: ModuleType, _db: Any) -> None:
     await ctxalchemy.close_all_sessions()
 
 
-async def do_nothing(_ctxalchemy: ModuleType, _connection: Any) -> None:
+async def do_nothing(_ctxalchemy: ModuleType, _db: Any) -> None:
     pass
 
 
 @pytest.mark.parametrize("way", [commit, commit_all, roll_back, roll_back_all, close, close_all, do_nothing])
-async def test_a_busy_session_is_settled_by_hand(ctxalchemy: ModuleType, schema: Schema, db: Any, way: Any) -> None:
+async def test_hand_written_commit_of_a_session_in_use_raises_but_rollback_and_close_succeed(
+    ctxalchemy: ModuleType, schema: Schema, db: Any, way: Any
+) -> None:
     token = ctxalchemy.init_db_session_ctx()
     tasks = await in_a_statement(schema)(await ctxalchemy.db_session(db))
     if way in (commit, commit_all):
@@ -383,7 +387,7 @@ async def test_a_busy_session_is_settled_by_hand(ctxalchemy: ModuleType, schema:
 
 @pytest.mark.parametrize("raises", [False, True])
 @pytest.mark.parametrize("session_class", CLASSES)
-async def test_a_block_in_a_context_of_its_own_ends_with_a_busy_session(
+async def test_run_in_new_ctx_that_ends_with_a_session_in_use_raises(
     ctxalchemy: ModuleType, schema: Schema, session_class: type[AsyncSession], raises: bool
 ) -> None:
     db = db_with(ctxalchemy, schema, session_class)
@@ -404,12 +408,12 @@ async def test_a_block_in_a_context_of_its_own_ends_with_a_busy_session(
 # --- gather on one session ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("caught", [False, True], ids=["comes through", "is caught"])
+@pytest.mark.parametrize("caught", [False, True], ids=["propagates", "is caught"])
 @pytest.mark.parametrize("session_class", CLASSES)
-async def test_gather_on_one_session_where_one_fails(
+async def test_gather_of_which_one_awaitable_raises_leaves_no_statement_running(
     ctxalchemy: ModuleType, schema: Schema, session_class: type[AsyncSession], caught: bool
 ) -> None:
-    """``gather`` raises with the first error, and leaves the others running."""
+    """``gather`` raises the first error while the other awaitables keep running."""
     db = db_with(ctxalchemy, schema, session_class)
     tasks: list[asyncio.Task[Any]] = []
 
@@ -439,32 +443,32 @@ async def test_gather_on_one_session_where_one_fails(
 
 
 @pytest.mark.parametrize("kind", KINDS[:2])
-async def test_gather_on_one_session_where_a_statement_fails(
-    ctxalchemy: ModuleType, schema: Schema, driven: Any, kind: Kind
+async def test_gather_of_which_one_statement_fails_commits_nothing(
+    ctxalchemy: ModuleType, schema: Schema, db_per_driver: Any, kind: Kind
 ) -> None:
     async def endpoint() -> Answer:
-        session = await ctxalchemy.db_session(driven)
+        session = await ctxalchemy.db_session(db_per_driver)
         await add_note(session, "twice")
         await asyncio.gather(*(add_note(session, name) for name in ("one", "twice", "two", "three")))
         return Answer()
 
-    witness = Witness(ctxalchemy, build(kind, ctxalchemy, endpoint), driven)
+    witness = Witness(ctxalchemy, build(kind, ctxalchemy, endpoint), db_per_driver)
     async with client_of(witness) as client:
         assert (await client.get("/")).status_code == 500
     assert isinstance(await witness.error(), DBAPIError)
-    await assert_whole(ctxalchemy, schema, driven, notes=[])
+    await assert_whole(ctxalchemy, schema, db_per_driver, notes=[])
 
 
 @pytest.mark.parametrize("first", [False, True], ids=["in a transaction", "as its first use"])
-async def test_gather_on_one_session_either_writes_all_or_says_so(
-    ctxalchemy: ModuleType, schema: Schema, driven: Any, first: bool
+async def test_gather_on_one_session_writes_everything_or_raises(
+    ctxalchemy: ModuleType, schema: Schema, db_per_driver: Any, first: bool
 ) -> None:
-    """SQLAlchemy refuses two tasks that both begin; once begun, statements wait for each other."""
+    """SQLAlchemy refuses two tasks that begin concurrently; in an open transaction, statements wait for each other."""
     names = [f"note {n}" for n in range(5)]
     tasks: list[asyncio.Task[None]] = []
 
     async def endpoint() -> Answer:
-        session = await ctxalchemy.db_session(driven)
+        session = await ctxalchemy.db_session(db_per_driver)
         if not first:
             await count_notes(session)
         tasks.extend(asyncio.create_task(add_note(session, name)) for name in names)
@@ -478,7 +482,7 @@ async def test_gather_on_one_session_either_writes_all_or_says_so(
     error = await witness.error()
     assert (response.status_code, type(error)) == ((200, type(None)) if not first else (500, type(error)))
     assert error is None or isinstance(error, InvalidRequestError)
-    await assert_whole(ctxalchemy, schema, driven, notes=[] if first else names)
+    await assert_whole(ctxalchemy, schema, db_per_driver, notes=[] if first else names)
 
 
 # --- before the first statement ----------------------------------------------------------------------
@@ -486,7 +490,7 @@ async def test_gather_on_one_session_either_writes_all_or_says_so(
 
 @pytest.mark.parametrize("session_class", CLASSES)
 @pytest.mark.parametrize("end", ENDS)
-async def test_a_task_waits_for_the_pool(
+async def test_request_that_ends_while_a_task_waits_for_the_pool_leaves_nothing_open(
     ctxalchemy: ModuleType, schema: Schema, session_class: type[AsyncSession], end: str
 ) -> None:
     db = db_with(ctxalchemy, schema, session_class)
@@ -498,14 +502,14 @@ async def test_a_task_waits_for_the_pool(
 
     async with ctxalchemy.new_non_ctx_session(db) as rival:
         await add_note(rival, "the rival's")
-        busy = Busy(ctxalchemy, db, start, end)
-        request = asyncio.create_task(busy())
-        await busy.gate.reached()
+        case = SessionInUse(ctxalchemy, db, start, end)
+        request = asyncio.create_task(case())
+        await case.gate.reached()
         await asyncio.sleep(0.05)
-        assert not busy.tasks[0].done()
+        assert not case.tasks[0].done()
         await rival.commit()
     assert all_failed(await request)
-    await busy.assert_ended()
+    await case.assert_ended()
     await assert_whole(ctxalchemy, schema, db, notes=["the rival's"])
     await db.close()
 
@@ -520,40 +524,40 @@ async def over_a_wire(ctxalchemy: ModuleType, schema: Schema, driver: str) -> As
         await db.close()
 
 
-@pytest.mark.parametrize("where", ["connecting", "in BEGIN"])
+@pytest.mark.parametrize("state", ["connecting", "in BEGIN"])
 @pytest.mark.parametrize("end", ENDS)
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
-async def test_a_task_is_connecting_or_in_begin(
-    ctxalchemy: ModuleType, schema: Schema, driver: str, end: str, where: str
+async def test_request_that_ends_while_a_task_connects_or_begins_leaves_nothing_open(
+    ctxalchemy: ModuleType, schema: Schema, driver: str, end: str, state: str
 ) -> None:
     async with over_a_wire(ctxalchemy, schema, driver) as (wire, db):
 
         async def start(session: AsyncSession) -> list[asyncio.Task[Any]]:
-            if where == "in BEGIN":
+            if state == "in BEGIN":
                 await count_notes(session)
                 await session.commit()
-            wire.hold(b"BEGIN" if where == "in BEGIN" else b"")
+            wire.hold(b"BEGIN" if state == "in BEGIN" else b"")
             task = asyncio.create_task(add_note(session, "lost"))
             await wire.held()
             return [task]
 
-        busy = Busy(ctxalchemy, db, start, end)
-        request = asyncio.create_task(busy())
-        await busy.gate.reached()
+        case = SessionInUse(ctxalchemy, db, start, end)
+        request = asyncio.create_task(case())
+        await case.gate.reached()
         await asyncio.wait((request,), timeout=0.1)
         wire.release()
-        # The statement may still have come through, to be rolled back.
-        assert all_failed(await request) or (driver, where) == ("psycopg", "in BEGIN")
-        await busy.assert_ended()
+        # The statement may still have succeeded; it is rolled back.
+        assert all_failed(await request) or (driver, state) == ("psycopg", "in BEGIN")
+        await case.assert_ended()
         await assert_whole(ctxalchemy, schema, db, notes=[])
 
 
 @pytest.mark.parametrize("steps", [*range(5), 6, 8, 10, 15, 20, 40])
 @pytest.mark.parametrize("end", ["200", "404", "exception"])
-async def test_a_task_has_come_this_far_when_the_request_ends(
+async def test_request_that_ends_at_any_loop_iteration_of_a_task_leaves_nothing_open(
     ctxalchemy: ModuleType, schema: Schema, db: Any, end: str, steps: int
 ) -> None:
-    """It opens the connection, begins, prepares and executes a statement: cut off at each turn of the loop."""
+    """The task connects, begins, prepares and executes a statement; the request ends after ``steps`` iterations."""
 
     async def start(session: AsyncSession) -> list[asyncio.Task[Any]]:
         task = asyncio.create_task(add_note(session, "the task's"))
@@ -561,29 +565,29 @@ async def test_a_task_has_come_this_far_when_the_request_ends(
             await asyncio.sleep(0)
         return [task]
 
-    busy = Busy(ctxalchemy, db, start, end)
-    (outcome,) = await busy()
-    error = await busy.witness.error()
+    case = SessionInUse(ctxalchemy, db, start, end)
+    (outcome,) = await case()
+    error = await case.witness.error()
     assert await schema.settled()
     if end == "200" and error is None:
-        assert busy.witness.statuses == [200]
+        assert case.witness.statuses == [200]
         assert await schema.notes() == [] or outcome is None
     else:
-        await busy.assert_ended()
+        await case.assert_ended()
         assert await schema.notes() == []
     await assert_whole(ctxalchemy, schema, db, notes=await schema.notes())
 
 
-# --- in the middle of settling -----------------------------------------------------------------------
+# --- during a commit or rollback ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("what", ["COMMIT", "ROLLBACK"])
 @pytest.mark.parametrize("end", ENDS)
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
-async def test_a_task_is_settling_the_session_itself(
+async def test_request_that_ends_while_a_task_commits_or_rolls_back_leaves_nothing_open(
     ctxalchemy: ModuleType, schema: Schema, driver: str, end: str, what: str
 ) -> None:
-    """Its COMMIT is on the way: it may have been through, but is never undone by half, nor left open."""
+    """The COMMIT of the task has been sent and may succeed.  No transaction is committed in part or left open."""
     async with over_a_wire(ctxalchemy, schema, driver) as (wire, db):
 
         async def start(session: AsyncSession) -> list[asyncio.Task[Any]]:
@@ -593,18 +597,18 @@ async def test_a_task_is_settling_the_session_itself(
             await wire.held()
             return [task]
 
-        busy = Busy(ctxalchemy, db, start, end)
-        request = asyncio.create_task(busy())
-        await busy.gate.reached()
+        case = SessionInUse(ctxalchemy, db, start, end)
+        request = asyncio.create_task(case())
+        await case.gate.reached()
         await asyncio.wait((request,), timeout=0.1)
         wire.release()
         await request
-        error = await busy.witness.error()
+        error = await case.witness.error()
         if end in ("200", "404") and isinstance(error, InvalidRequestError | None):
-            # Where it got in between, the end of the request says so.
-            assert busy.witness.statuses in ([int(end)], [])
+            # If both complete the session at the same time, the commit of the request raises.
+            assert case.witness.statuses in ([int(end)], [])
         else:
-            await busy.assert_ended()
+            await case.assert_ended()
         assert await schema.settled()
         notes = await schema.notes()
         assert notes == [] or what == "COMMIT"
@@ -612,7 +616,7 @@ async def test_a_task_is_settling_the_session_itself(
 
 
 @pytest.mark.parametrize("session_class", CLASSES)
-async def test_a_task_adds_a_session_while_others_are_being_committed(
+async def test_session_that_a_task_adds_during_the_commits_is_committed(
     ctxalchemy: ModuleType, schema: Schema, other_db: Any, session_class: type[AsyncSession]
 ) -> None:
     db = db_with(ctxalchemy, schema, session_class)
@@ -644,7 +648,7 @@ async def test_a_task_adds_a_session_while_others_are_being_committed(
     await db.close()
 
 
-async def test_a_task_adds_a_session_that_cannot_be_committed_while_others_are(
+async def test_failed_commit_of_a_session_added_during_the_commits_is_a_partial_commit(
     ctxalchemy: ModuleType, schema: Schema, db: Any, other_db: Any, third_db: Any
 ) -> None:
     tasks: list[asyncio.Task[None]] = []
@@ -679,10 +683,10 @@ async def test_a_task_adds_a_session_that_cannot_be_committed_while_others_are(
 
 
 @pytest.mark.parametrize("end", ["404", "exception"])
-async def test_a_task_adds_a_session_while_others_are_being_rolled_back(
+async def test_session_that_a_task_adds_during_the_rollbacks_is_not_left_open(
     ctxalchemy: ModuleType, schema: Schema, other_db: Any, end: str
 ) -> None:
-    """It is rolled back with them, or comes too late; it is not left open."""
+    """The session is rolled back with the others, or the task gets ``ContextClosedError``."""
     rolling_back = Gate()
 
     class SlowToRollBack(AsyncSession):
@@ -704,76 +708,76 @@ async def test_a_task_adds_a_session_while_others_are_being_rolled_back(
 
         return [asyncio.create_task(late())]
 
-    busy = Busy(ctxalchemy, db, start, end)
-    request = asyncio.create_task(busy())
+    case = SessionInUse(ctxalchemy, db, start, end)
+    request = asyncio.create_task(case())
     await rolling_back.reached()
     with contextlib.suppress(ctxalchemy.ContextClosedError):
-        await asyncio.wait_for(asyncio.shield(busy.tasks[0]), 5)
+        await asyncio.wait_for(asyncio.shield(case.tasks[0]), 5)
     rolling_back.open()
     (outcome,) = await request
     assert outcome is None or isinstance(outcome, ctxalchemy.ContextClosedError)
-    await busy.assert_ended()
+    await case.assert_ended()
     assert await checked_out(other_db) == 0
     await db.close()
     await assert_whole(ctxalchemy, schema, other_db, notes=[])
 
 
-# --- what the application itself does to a session that another task is busy on -----------------------
+# --- the application ends a session in use -----------------------------------------------------------
 
 
-async def test_statements_of_one_session_that_are_cancelled_at_once_close_its_connection_once(
-    ctxalchemy: ModuleType, schema: Schema, driven: Any
+async def test_concurrent_cancelled_statements_close_their_connection_only_once(
+    ctxalchemy: ModuleType, schema: Schema, db_per_driver: Any
 ) -> None:
-    """Closed twice, it would take along the connection that the next request has got meanwhile."""
+    """A second close would affect the connection that the next request has checked out meanwhile."""
     kept: list[Any] = []
 
     async def work() -> None:
-        session = await ctxalchemy.db_session(driven)
+        session = await ctxalchemy.db_session(db_per_driver)
         await add_note(session, "undone")
         async with asyncio.TaskGroup() as group:
             for _ in range(3):
                 group.create_task(session.execute(text("SELECT pg_sleep(30)")))
 
-    async def next_in_line() -> None:
-        session = await ctxalchemy.db_session(driven)
+    async def next_work() -> None:
+        session = await ctxalchemy.db_session(db_per_driver)
         await add_note(session, "written")
         kept.append(await (await session.connection()).get_raw_connection())
         await session.execute(text("SELECT pg_sleep(0.2)"))
 
-    async def is_sleeping() -> bool:
+    async def is_executing() -> bool:
         return await sleeping(schema)
 
     async def all_closed() -> bool:
         return await schema.backends() == []
 
     first = asyncio.create_task(ctxalchemy.run_in_new_ctx(work))
-    assert await eventually(is_sleeping)
-    second = asyncio.create_task(ctxalchemy.run_in_new_ctx(next_in_line))
+    assert await eventually(is_executing)
+    second = asyncio.create_task(ctxalchemy.run_in_new_ctx(next_work))
     await asyncio.sleep(0)
     first.cancel()
     with pytest.raises(asyncio.CancelledError):
         await first
     await second
-    await assert_whole(ctxalchemy, schema, driven, notes=["written"])
-    # Nobody else has a connection open either.
-    await driven.close()
-    # The server notices it a moment later where psycopg closes.
+    await assert_whole(ctxalchemy, schema, db_per_driver, notes=["written"])
+    # No other connection is open.
+    await db_per_driver.close()
+    # If psycopg closes the connection, the server detects it a moment later.
     assert await eventually(all_closed)
 
 
-async def test_a_statement_that_is_cancelled_in_line_leaves_that_of_another_task_alone(
-    ctxalchemy: ModuleType, schema: Schema, driven: Any
+async def test_cancelled_waiting_statement_does_not_affect_the_statement_of_another_task(
+    ctxalchemy: ModuleType, schema: Schema, db_per_driver: Any
 ) -> None:
-    """SQLAlchemy would close the connection under it, which over psycopg would never end then."""
+    """SQLAlchemy would close the connection during the other statement, which over psycopg would then never end."""
 
-    async def is_sleeping() -> bool:
+    async def is_executing() -> bool:
         return await sleeping(schema)
 
     async with ctxalchemy.new_ctx():
-        session = await ctxalchemy.db_session(driven)
+        session = await ctxalchemy.db_session(db_per_driver)
         await add_note(session, "written")
         first = asyncio.create_task(session.execute(text("SELECT pg_sleep(0.5)")))
-        assert await eventually(is_sleeping)
+        assert await eventually(is_executing)
         second = asyncio.create_task(add_note(session, "lost"))
         await asyncio.sleep(0.02)
         second.cancel()
@@ -781,25 +785,25 @@ async def test_a_statement_that_is_cancelled_in_line_leaves_that_of_another_task
             await second
         assert not first.done()
         await asyncio.wait_for(first, 5)
-    await assert_whole(ctxalchemy, schema, driven, notes=["written"])
+    await assert_whole(ctxalchemy, schema, db_per_driver, notes=["written"])
 
 
 @pytest.mark.parametrize("steps", range(4))
 @pytest.mark.parametrize("how", ["rollback", "commit", "close"])
-async def test_an_application_that_ends_a_session_itself_while_another_task_is_busy_on_it_poisons_no_pool(
-    ctxalchemy: ModuleType, schema: Schema, driven: Any, how: str, steps: int
+async def test_application_that_ends_a_session_in_use_returns_no_bad_connection_to_the_pool(
+    ctxalchemy: ModuleType, schema: Schema, db_per_driver: Any, how: str, steps: int
 ) -> None:
-    """Whether the task's statement goes on, or is cancelled and its connection being closed."""
+    """This holds whether the statement of the task continues, or is cancelled and its connection is being closed."""
 
     async def work() -> None:
-        session = await ctxalchemy.db_session(driven)
+        session = await ctxalchemy.db_session(db_per_driver)
         await add_note(session, "undone")
         task = asyncio.create_task(session.execute(text("SELECT pg_sleep(30)")))
 
-        async def is_sleeping() -> bool:
+        async def is_executing() -> bool:
             return await sleeping(schema)
 
-        assert await eventually(is_sleeping)
+        assert await eventually(is_executing)
         task.cancel()
         for _ in range(steps):
             await asyncio.sleep(0)
@@ -814,7 +818,7 @@ async def test_an_application_that_ends_a_session_itself_while_another_task_is_b
 
     with pytest.raises(LookupError):
         await ctxalchemy.run_in_new_ctx(work)
-    await assert_whole(ctxalchemy, schema, driven, notes=[])
-    await driven.close()
-    # The server notices it a moment later where psycopg closes.
+    await assert_whole(ctxalchemy, schema, db_per_driver, notes=[])
+    await db_per_driver.close()
+    # If psycopg closes the connection, the server detects it a moment later.
     assert await eventually(all_closed)
