@@ -641,7 +641,7 @@ async def test_transaction_that_is_open_when_the_application_returns_is_committe
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"done"})
         await session.begin()
-        await add_note(session, "late")
+        await add_note(session, "after the start")
         await session.begin_nested()
         await add_note(session, "later")
 
@@ -649,7 +649,7 @@ async def test_transaction_that_is_open_when_the_application_returns_is_committe
     async with client_of(witness, "tcp") as client:
         assert (await client.get("/")).content == b"done"
         assert await witness.error() is None
-    await assert_whole(ctxalchemy, schema, db, notes=["late", "later"])
+    await assert_whole(ctxalchemy, schema, db, notes=["after the start", "later"])
 
 
 BODY = "http.response.body"
@@ -679,11 +679,11 @@ async def test_writes_after_response_start_are_committed_only_if_the_response_is
     async def app(_scope: Any, _receive: Any, send: Any) -> None:
         for message in messages:
             await send(message)
-        await add_note(await ctxalchemy.db_session(db), "late")
+        await add_note(await ctxalchemy.db_session(db), "after the start")
 
     # No available server supports all of these messages.
     assert await call(ctxalchemy.ASGIHTTPDBSessionMiddleware(app)) == messages
-    await assert_whole(ctxalchemy, schema, db, notes=["late"] if complete else [])
+    await assert_whole(ctxalchemy, schema, db, notes=["after the start"] if complete else [])
 
 
 @pytest.mark.parametrize("complete", [True, False])
@@ -699,7 +699,7 @@ async def test_message_is_evaluated_when_it_is_sent(
     async def app(_scope: Any, _receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": BODY, "body": b"a", "more_body": not complete})
-        await add_note(await ctxalchemy.db_session(db), "late")
+        await add_note(await ctxalchemy.db_session(db), "after the start")
 
     await call(ctxalchemy.ASGIHTTPDBSessionMiddleware(app), change)
-    await assert_whole(ctxalchemy, schema, db, notes=["late"] if complete else [])
+    await assert_whole(ctxalchemy, schema, db, notes=["after the start"] if complete else [])

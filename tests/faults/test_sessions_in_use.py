@@ -1,4 +1,4 @@
-"""If a request ends while its session is in use, no connection in an unknown state is returned to the pool."""
+"""If a request ends while its session is in use, no connection in an unknown state is checked in."""
 
 from __future__ import annotations
 
@@ -623,13 +623,13 @@ async def test_session_that_a_task_adds_during_the_commits_is_committed(
     tasks: list[asyncio.Task[None]] = []
     gate = Gate()
 
-    async def late() -> None:
+    async def write_later() -> None:
         await gate()
         await add_note(await ctxalchemy.db_session(other_db), "added")
 
     async def endpoint() -> Answer:
         await add_note(await ctxalchemy.db_session(db), "slow")
-        tasks.append(asyncio.create_task(late()))
+        tasks.append(asyncio.create_task(write_later()))
         return Answer()
 
     async def on_start(_message: Any) -> None:
@@ -654,7 +654,7 @@ async def test_failed_commit_of_a_session_added_during_the_commits_is_a_partial_
     tasks: list[asyncio.Task[None]] = []
     gate = Gate()
 
-    async def late() -> None:
+    async def write_later() -> None:
         await gate()
         session = await ctxalchemy.db_session(third_db)
         await add_note(session, "lost")
@@ -663,7 +663,7 @@ async def test_failed_commit_of_a_session_added_during_the_commits_is_a_partial_
     async def endpoint() -> Answer:
         await add_note(await ctxalchemy.db_session(db), "slow")
         await add_note(await ctxalchemy.db_session(other_db), "second")
-        tasks.append(asyncio.create_task(late()))
+        tasks.append(asyncio.create_task(write_later()))
         return Answer()
 
     witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), db, other_db, third_db)
@@ -702,11 +702,11 @@ async def test_session_that_a_task_adds_during_the_rollbacks_is_not_left_open(
     async def start(session: AsyncSession) -> list[asyncio.Task[Any]]:
         await add_note(session, "lost")
 
-        async def late() -> None:
+        async def write_later() -> None:
             await rolling_back.reached()
             await write()
 
-        return [asyncio.create_task(late())]
+        return [asyncio.create_task(write_later())]
 
     case = SessionInUse(ctxalchemy, db, start, end)
     request = asyncio.create_task(case())
@@ -722,7 +722,7 @@ async def test_session_that_a_task_adds_during_the_rollbacks_is_not_left_open(
     await assert_whole(ctxalchemy, schema, other_db, notes=[])
 
 
-# --- the application ends a session in use -----------------------------------------------------------
+# --- the application completes or closes a session in use --------------------------------------------
 
 
 async def test_concurrent_cancelled_statements_close_their_connection_only_once(
@@ -790,7 +790,7 @@ async def test_cancelled_waiting_statement_does_not_affect_the_statement_of_anot
 
 @pytest.mark.parametrize("steps", range(4))
 @pytest.mark.parametrize("how", ["rollback", "commit", "close"])
-async def test_application_that_ends_a_session_in_use_returns_no_bad_connection_to_the_pool(
+async def test_completing_a_session_in_use_checks_in_no_connection_in_an_unknown_state(
     ctxalchemy: ModuleType, schema: Schema, db_per_driver: Any, how: str, steps: int
 ) -> None:
     """This holds whether the statement of the task continues, or is cancelled and its connection is being closed."""

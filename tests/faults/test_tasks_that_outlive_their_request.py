@@ -1,4 +1,4 @@
-"""Tasks that outlive their request, requests from within others: each has its own context and fate."""
+"""A task that outlives its request cannot use the closed context, and each nested request has its own context."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ENDS = ("200", "404", "exception", "no response")
 def ending(
     ctxalchemy: ModuleType, end: str, before: Callable[[], Awaitable[Any]], **options: Any
 ) -> tuple[Any, list[str]]:
-    """An application that does this first and then ends its request in this way, and the notes it leaves."""
+    """An application that awaits ``before`` and ends its request as ``end`` names, and the notes that it commits."""
 
     async def app(_scope: Any, _receive: Any, send: Any) -> None:
         await before()
@@ -43,7 +43,7 @@ def ending(
 
 
 async def assert_ended(witness: Witness, end: str) -> None:
-    """The request ended as it was to."""
+    """The request ended as ``end`` names."""
     error = await witness.error()
     assert isinstance(error, LookupError) if end == "exception" else error is None
     assert witness.statuses == ([int(end)] if end.isdigit() else [])
@@ -54,17 +54,17 @@ async def request(witness: Witness) -> None:
         await call(witness)
 
 
-# --- who asks too late -------------------------------------------------------------------------------
+# --- a task requests a session when the context is closed --------------------------------------------
 
 
 @pytest.mark.parametrize("end", ENDS)
-async def test_a_task_that_asks_after_the_closing_is_told_so(
+async def test_task_that_requests_a_session_after_the_close_gets_context_closed_error(
     ctxalchemy: ModuleType, schema: Schema, db: Any, end: str
 ) -> None:
     gate = Gate()
     tasks: list[asyncio.Task[Any]] = []
 
-    async def ask() -> Any:
+    async def request_session() -> Any:
         await gate()
         assert not ctxalchemy.is_context_initiated()
         assert ctxalchemy.get_db_session_from_context(db) is None
@@ -72,12 +72,12 @@ async def test_a_task_that_asks_after_the_closing_is_told_so(
             ctxalchemy.db_session_nowait(db)
         with pytest.raises(ctxalchemy.ContextClosedError):
             async with ctxalchemy.atomic_db_session(db):
-                pytest.fail("a closed context gave a session")
+                pytest.fail("a closed context returned a session")
         return await ctxalchemy.db_session(db)
 
     async def before() -> None:
         await add_note(await ctxalchemy.db_session(db), "written")
-        tasks.append(asyncio.create_task(ask()))
+        tasks.append(asyncio.create_task(request_session()))
 
     app, notes = ending(ctxalchemy, end, before)
     witness = Witness(ctxalchemy, app, db)
@@ -89,19 +89,19 @@ async def test_a_task_that_asks_after_the_closing_is_told_so(
     await assert_whole(ctxalchemy, schema, db, notes=notes)
 
 
-async def test_a_task_of_a_real_server_that_outlives_its_request_is_told_so(
+async def test_task_that_outlives_its_request_over_tcp_gets_context_closed_error(
     ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     tasks: list[asyncio.Task[Any]] = []
     gate = Gate()
 
-    async def late() -> None:
+    async def outlive_request() -> None:
         await gate()
         await add_note(await ctxalchemy.db_session(db), "lost")
 
     async def endpoint() -> Answer:
         await add_note(await ctxalchemy.db_session(db), "written")
-        tasks.append(asyncio.create_task(late()))
+        tasks.append(asyncio.create_task(outlive_request()))
         return Answer()
 
     witness = Witness(ctxalchemy, build("fastapi", ctxalchemy, endpoint), db)
@@ -114,21 +114,21 @@ async def test_a_task_of_a_real_server_that_outlives_its_request_is_told_so(
     await assert_whole(ctxalchemy, schema, db, notes=["written"])
 
 
-async def test_a_task_that_asks_during_the_commit_joins_its_request(
+async def test_task_that_requests_a_session_during_the_commit_gets_that_of_the_request(
     ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     sessions: list[AsyncSession] = []
     tasks: list[asyncio.Task[None]] = []
     gate = Gate()
 
-    async def ask() -> None:
+    async def request_session() -> None:
         await gate()
         sessions.append(await ctxalchemy.db_session(db))
 
     async def endpoint() -> Answer:
         sessions.append(await ctxalchemy.db_session(db))
         await add_note(sessions[0], "slow")
-        tasks.append(asyncio.create_task(ask()))
+        tasks.append(asyncio.create_task(request_session()))
         return Answer()
 
     witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), db)
@@ -145,7 +145,7 @@ async def test_a_task_that_asks_during_the_commit_joins_its_request(
 
 
 class SlowToClose(AsyncSession):
-    """A session whose closing stops at a gate."""
+    """A session whose ``close`` waits at a gate."""
 
     async def close(self) -> None:
         await self.info["gate"]()
@@ -153,14 +153,14 @@ class SlowToClose(AsyncSession):
 
 
 @pytest.mark.parametrize("end", ENDS)
-async def test_a_task_that_asks_during_the_closing_is_told_that_it_is_too_late(
+async def test_task_that_requests_a_session_during_the_close_gets_context_closed_error(
     ctxalchemy: ModuleType, schema: Schema, end: str
 ) -> None:
     db = db_with(ctxalchemy, schema, SlowToClose)
     gate, closing = Gate(), Gate()
     tasks: list[asyncio.Task[Any]] = []
 
-    async def ask() -> Any:
+    async def request_session() -> Any:
         await gate()
         return await ctxalchemy.db_session(db)
 
@@ -168,7 +168,7 @@ async def test_a_task_that_asks_during_the_closing_is_told_that_it_is_too_late(
         session = await ctxalchemy.db_session(db)
         session.info["gate"] = closing
         await add_note(session, "written")
-        tasks.append(asyncio.create_task(ask()))
+        tasks.append(asyncio.create_task(request_session()))
 
     app, notes = ending(ctxalchemy, end, before)
     witness = Witness(ctxalchemy, app, db)
@@ -182,7 +182,7 @@ async def test_a_task_that_asks_during_the_closing_is_told_that_it_is_too_late(
     await served
     await assert_ended(witness, end)
 
-    # The next ones need not wait.
+    # The next requests use sessions that close without waiting.
     await db.close()
     plain = schema.db(ctxalchemy)
     await assert_whole(ctxalchemy, schema, plain, notes=notes)
@@ -191,16 +191,16 @@ async def test_a_task_that_asks_during_the_closing_is_told_that_it_is_too_late(
 
 @pytest.mark.parametrize("how", ["run_in_new_ctx", "new_ctx"])
 @pytest.mark.parametrize("end", ENDS)
-async def test_a_late_task_with_a_context_of_its_own_succeeds(
+async def test_task_that_outlives_its_request_succeeds_in_a_context_of_its_own(
     ctxalchemy: ModuleType, schema: Schema, db: Any, end: str, how: str
 ) -> None:
     gate = Gate()
     tasks: list[asyncio.Task[None]] = []
 
     async def write() -> None:
-        await add_note(await ctxalchemy.db_session(db), "late")
+        await add_note(await ctxalchemy.db_session(db), "after the request")
 
-    async def late() -> None:
+    async def outlive_request() -> None:
         await gate()
         if how == "run_in_new_ctx":
             await ctxalchemy.run_in_new_ctx(write)
@@ -210,7 +210,7 @@ async def test_a_late_task_with_a_context_of_its_own_succeeds(
 
     async def before() -> None:
         await add_note(await ctxalchemy.db_session(db), "written")
-        tasks.append(asyncio.create_task(late()))
+        tasks.append(asyncio.create_task(outlive_request()))
 
     app, notes = ending(ctxalchemy, end, before)
     witness = Witness(ctxalchemy, app, db)
@@ -218,31 +218,31 @@ async def test_a_late_task_with_a_context_of_its_own_succeeds(
     await assert_ended(witness, end)
     gate.open()
     await tasks[0]
-    await assert_whole(ctxalchemy, schema, db, notes=[*notes, "late"])
+    await assert_whole(ctxalchemy, schema, db, notes=[*notes, "after the request"])
 
 
-async def test_a_late_task_cannot_put_a_session_into_the_closed_context(
+async def test_task_that_outlives_its_request_cannot_use_the_closed_context(
     ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     gate = Gate()
     tasks: list[asyncio.Task[None]] = []
 
-    async def late() -> None:
+    async def outlive_request() -> None:
         await gate()
         async with ctxalchemy.new_non_ctx_session(db) as session:
             with pytest.raises(ctxalchemy.ContextClosedError):
                 ctxalchemy.put_db_session_to_context(db, session)
         assert ctxalchemy.pop_db_session_from_context(db) is None
-        for settle in (
+        for complete in (
             ctxalchemy.commit_all_sessions,
             ctxalchemy.rollback_all_sessions,
             ctxalchemy.close_all_sessions,
         ):
             with pytest.raises(ctxalchemy.ContextClosedError):
-                await settle()
+                await complete()
 
     async def endpoint() -> Answer:
-        tasks.append(asyncio.create_task(late()))
+        tasks.append(asyncio.create_task(outlive_request()))
         return Answer()
 
     witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), db)
@@ -253,7 +253,7 @@ async def test_a_late_task_cannot_put_a_session_into_the_closed_context(
     await assert_whole(ctxalchemy, schema, db, notes=[])
 
 
-# --- who holds the session itself --------------------------------------------------------------------
+# --- a task keeps a session of the closed context ----------------------------------------------------
 
 
 async def execute(session: AsyncSession) -> None:
@@ -270,7 +270,7 @@ async def begin_nested(session: AsyncSession) -> None:
         await add_note(session, "lost")
 
 
-async def take_the_connection(session: AsyncSession) -> None:
+async def check_out_connection(session: AsyncSession) -> None:
     await session.connection()
 
 
@@ -300,7 +300,7 @@ USES = (
     execute,
     begin,
     begin_nested,
-    take_the_connection,
+    check_out_connection,
     stream,
     add_and_commit,
     add_and_flush,
@@ -311,15 +311,15 @@ USES = (
 
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize("session_class", [AsyncSession, OverriddenSession])
-async def test_no_use_of_a_session_revives_it_after_the_closing(
+async def test_session_of_a_closed_context_cannot_be_used_in_any_way(
     ctxalchemy: ModuleType, schema: Schema, session_class: type[AsyncSession], use: Any
 ) -> None:
     db = db_with(ctxalchemy, schema, session_class)
-    held: list[AsyncSession] = []
+    sessions: list[AsyncSession] = []
 
     async def endpoint() -> Answer:
-        held.append(await ctxalchemy.db_session(db))
-        await add_note(held[0], "written")
+        sessions.append(await ctxalchemy.db_session(db))
+        await add_note(sessions[0], "written")
         return Answer()
 
     witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), db)
@@ -327,35 +327,35 @@ async def test_no_use_of_a_session_revives_it_after_the_closing(
     assert await witness.error() is None
     for _ in range(2):
         with pytest.raises(InvalidRequestError, match="closed"):
-            await use(held[0])
+            await use(sessions[0])
         assert await checked_out(db) == 0
-    assert not held[0].in_transaction()
+    assert not sessions[0].in_transaction()
     await assert_whole(ctxalchemy, schema, db, notes=["written"])
     await db.close()
 
 
-@pytest.mark.parametrize("state", ["untouched", "in a transaction", "settled"])
+@pytest.mark.parametrize("state", ["unused", "in a transaction", "committed"])
 @pytest.mark.parametrize("end", ENDS)
-async def test_a_task_that_executes_on_the_session_after_the_closing_gets_an_error(
+async def test_statement_on_a_session_of_a_closed_context_raises(
     ctxalchemy: ModuleType, schema: Schema, db: Any, end: str, state: str
 ) -> None:
     gate = Gate()
     tasks: list[asyncio.Task[None]] = []
 
-    async def late(session: AsyncSession) -> None:
+    async def outlive_request(session: AsyncSession) -> None:
         await gate()
         await add_note(session, "lost")
 
     async def before() -> None:
         session = await ctxalchemy.db_session(db)
-        if state != "untouched":
+        if state != "unused":
             await add_note(session, "written")
-        if state == "settled":
+        if state == "committed":
             await session.commit()
-        tasks.append(asyncio.create_task(late(session)))
+        tasks.append(asyncio.create_task(outlive_request(session)))
 
     app, notes = ending(ctxalchemy, end, before)
-    notes = {"untouched": [], "settled": ["written"]}.get(state, notes)
+    notes = {"unused": [], "committed": ["written"]}.get(state, notes)
     witness = Witness(ctxalchemy, app, db)
     await request(witness)
     await assert_ended(witness, end)
@@ -367,16 +367,16 @@ async def test_a_task_that_executes_on_the_session_after_the_closing_gets_an_err
 
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
 @pytest.mark.parametrize("session_class", [AsyncSession, OverriddenSession])
-async def test_a_task_that_begins_again_in_a_session_while_that_is_rolled_back_leaves_nothing_open(
+async def test_transaction_that_a_task_begins_during_the_rollback_is_not_left_open(
     ctxalchemy: ModuleType, schema: Schema, session_class: type[AsyncSession], driver: str
 ) -> None:
-    """It is in the middle of a statement when the session is closed; asyncpg refuses, psycopg would wait."""
+    """The task is executing a statement when the session is closed: asyncpg raises an error, psycopg would wait."""
     over = over_psycopg(schema) if driver == "psycopg" else schema
     db = db_with(ctxalchemy, over, session_class, pool_size=2)
     tasks: list[asyncio.Task[Any]] = []
 
     def reset(dbapi_connection: Any, *_: Any) -> None:
-        # As SQLAlchemy's documentation suggests, the application resets a connection itself, over the network.
+        # The application resets its connections with I/O of its own, as the documentation of SQLAlchemy suggests.
         dbapi_connection.run_async(lambda _: asyncio.sleep(0.1))
 
     async def begin_again(session: AsyncSession) -> None:
@@ -402,52 +402,52 @@ async def test_a_task_that_begins_again_in_a_session_while_that_is_rolled_back_l
 
 
 @pytest.mark.parametrize("end", ENDS)
-async def test_closing_again_what_is_closed_does_nothing(
+async def test_second_close_of_a_session_does_nothing(
     ctxalchemy: ModuleType, schema: Schema, db: Any, end: str
 ) -> None:
-    """As ``async with session`` of a late task does at its end, or a ``finally`` of the application."""
-    held: list[AsyncSession] = []
+    """A session may be closed again at the end of ``async with session``, or in a ``finally`` of the application."""
+    sessions: list[AsyncSession] = []
 
     async def before() -> None:
-        held.append(await ctxalchemy.db_session(db))
-        await add_note(held[0], "written")
+        sessions.append(await ctxalchemy.db_session(db))
+        await add_note(sessions[0], "written")
 
     app, notes = ending(ctxalchemy, end, before)
     witness = Witness(ctxalchemy, app, db)
     await request(witness)
     await assert_ended(witness, end)
-    await held[0].rollback()
-    await held[0].close()
+    await sessions[0].rollback()
+    await sessions[0].close()
     with pytest.raises(InvalidRequestError, match="closed"):
-        await add_note(held[0], "lost")
+        await add_note(sessions[0], "lost")
     await assert_whole(ctxalchemy, schema, db, notes=notes)
 
 
-async def test_a_session_that_the_application_took_out_of_the_context_stays_its_own(
+async def test_session_that_was_popped_from_the_context_stays_open(
     ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
-    held: list[AsyncSession] = []
+    sessions: list[AsyncSession] = []
 
     async def endpoint() -> Answer:
-        held.append(await ctxalchemy.db_session(db))
-        assert ctxalchemy.pop_db_session_from_context(db) is held[0]
+        sessions.append(await ctxalchemy.db_session(db))
+        assert ctxalchemy.pop_db_session_from_context(db) is sessions[0]
         return Answer()
 
     witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), db)
     await call(witness)
-    async with held[0].begin():
-        await add_note(held[0], "its own")
-    await held[0].close()
+    async with sessions[0].begin():
+        await add_note(sessions[0], "its own")
+    await sessions[0].close()
     assert await witness.error() is None
     await assert_whole(ctxalchemy, schema, db, notes=["its own"])
 
 
-# --- a session whose making is overtaken -------------------------------------------------------------
+# --- a session is created while its context closes ---------------------------------------------------
 
 
 @pytest.mark.parametrize("callers", [1, 3])
 @pytest.mark.parametrize("end", ENDS)
-async def test_a_session_whose_making_is_overtaken_by_the_closing_is_closed(
+async def test_session_that_is_created_while_its_context_closes_is_closed(
     ctxalchemy: ModuleType, schema: Schema, end: str, callers: int
 ) -> None:
     gate = Gate()
@@ -457,12 +457,12 @@ async def test_a_session_whose_making_is_overtaken_by_the_closing_is_closed(
     db = ctxalchemy.DBConnect(plain.engine_creator, creator, plain.host, gate)
     tasks: list[asyncio.Task[Any]] = []
 
-    async def ask() -> Any:
+    async def request_session() -> Any:
         session = await ctxalchemy.db_session(db)
         await add_note(session, "lost")
 
     async def before() -> None:
-        tasks.extend(asyncio.create_task(ask()) for _ in range(callers))
+        tasks.extend(asyncio.create_task(request_session()) for _ in range(callers))
         await gate.reached()
 
     app, _ = ending(ctxalchemy, end, before)
@@ -472,19 +472,19 @@ async def test_a_session_whose_making_is_overtaken_by_the_closing_is_closed(
     gate.open()
     outcomes = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 5)
     assert [type(outcome) for outcome in outcomes] == [ctxalchemy.ContextClosedError] * callers
-    assert [what for what, _ in journal] == ["make", "close"], "those in line made none"
+    assert [what for what, _ in journal] == ["make", "close"], "a waiting caller created another session"
     db.before_create_session_handler = None
     await assert_whole(ctxalchemy, schema, db, notes=[])
     await db.close()
 
 
-async def test_a_making_that_is_overtaken_and_then_fails_raises_its_own_error(
+async def test_failure_to_create_a_session_after_its_context_closed_raises_that_failure(
     ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     gate = Gate()
     tasks: list[asyncio.Task[Any]] = []
 
-    async def handler(_connection: Any) -> None:
+    async def handler(_db: Any) -> None:
         await gate()
         raise LookupError("the handler")
 
@@ -504,15 +504,15 @@ async def test_a_making_that_is_overtaken_and_then_fails_raises_its_own_error(
     await assert_whole(ctxalchemy, schema, db, notes=[])
 
 
-# --- requests from within others ---------------------------------------------------------------------
+# --- requests within other requests and contexts -----------------------------------------------------
 
 
-@pytest.mark.parametrize("open_still", [False, True], ids=["after the closing", "before the closing"])
+@pytest.mark.parametrize("during_the_request", [False, True], ids=["after the close", "before the close"])
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_request_that_a_task_of_an_earlier_one_serves_has_its_own_context(
-    ctxalchemy: ModuleType, schema: Schema, db: Any, kind: Kind, open_still: bool
+async def test_request_served_by_a_task_of_an_earlier_request_has_its_own_context(
+    ctxalchemy: ModuleType, schema: Schema, db: Any, kind: Kind, during_the_request: bool
 ) -> None:
-    """As where a server's connection is accepted by a task that a handler has started."""
+    """For example, a task that an endpoint has started accepts a client connection."""
     gate = Gate()
     tasks: list[asyncio.Task[Any]] = []
     sessions: list[AsyncSession] = []
@@ -532,10 +532,10 @@ async def test_a_request_that_a_task_of_an_earlier_one_serves_has_its_own_contex
         return await call(app)
 
     async def background() -> None:
-        if open_still:
+        if during_the_request:
             gate.open()
             await tasks[0]
-            assert await ctxalchemy.db_session(db) is sessions[0], "its own context is as before"
+            assert await ctxalchemy.db_session(db) is sessions[0], "the context of the request has changed"
 
     async def first() -> Answer:
         await write("the first's")
@@ -556,7 +556,7 @@ async def test_a_request_that_a_task_of_an_earlier_one_serves_has_its_own_contex
 @pytest.mark.parametrize("inner_end", ["succeeds", "fails"])
 @pytest.mark.parametrize("outer_end", ["succeeds", "fails"])
 @pytest.mark.parametrize("kind", KINDS)
-async def test_an_application_that_is_called_in_process_has_its_own_fate(
+async def test_application_called_in_process_has_its_own_outcome(
     ctxalchemy: ModuleType, schema: Schema, kind: Kind, outer_end: str, inner_end: str
 ) -> None:
     db = schema.db(ctxalchemy, pool_size=2)
@@ -596,7 +596,7 @@ async def test_an_application_that_is_called_in_process_has_its_own_fate(
     await db.close()
 
 
-async def test_an_application_calls_itself_in_process_on_a_pool_of_one(
+async def test_application_can_call_itself_in_process_on_a_pool_of_one(
     ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     depth = 0
@@ -617,7 +617,7 @@ async def test_an_application_calls_itself_in_process_on_a_pool_of_one(
     await assert_whole(ctxalchemy, schema, db, notes=["depth 1", "depth 2", "depth 3"])
 
 
-async def test_an_application_that_is_called_in_process_is_cancelled(
+async def test_cancelled_application_called_in_process_does_not_affect_its_caller(
     ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     gate = Gate()
@@ -643,10 +643,10 @@ async def test_an_application_that_is_called_in_process_is_cancelled(
     await assert_whole(ctxalchemy, schema, db, notes=["outer"])
 
 
-async def test_an_application_that_is_mounted_in_another_shares_its_fate(
+async def test_mounted_application_shares_the_context_of_the_outer_application(
     ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
-    """The same request goes through the middleware twice: one context, settled by the outer one."""
+    """The request passes the middleware twice but has one context, which the outer middleware completes."""
     sessions: list[AsyncSession] = []
 
     async def inner() -> Answer:
@@ -669,7 +669,7 @@ async def test_an_application_that_is_mounted_in_another_shares_its_fate(
     await assert_whole(ctxalchemy, schema, db, notes=["outer", "inner"])
 
 
-async def test_a_request_within_a_context_of_a_test_leaves_everything_to_it(
+async def test_request_in_a_test_context_neither_completes_nor_closes_it(
     ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     async def endpoint() -> Answer:
@@ -687,8 +687,8 @@ async def test_a_request_within_a_context_of_a_test_leaves_everything_to_it(
     await assert_whole(ctxalchemy, schema, db, notes=["seen by the test"])
 
 
-async def test_a_request_within_new_ctx_has_its_own_fate(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
-    """A worker's own context is not that of a request which it makes in process."""
+async def test_request_within_new_ctx_has_its_own_outcome(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
+    """The context of a worker is not the context of a request that the worker makes in process."""
 
     async def endpoint() -> Answer:
         await add_note(await ctxalchemy.db_session(db), "the request's")
@@ -710,13 +710,13 @@ async def test_a_request_within_new_ctx_has_its_own_fate(ctxalchemy: ModuleType,
     await assert_whole(ctxalchemy, schema, db, notes=["the request's"])
 
 
-async def test_many_requests_with_late_tasks_at_once_keep_to_themselves(
+async def test_tasks_that_outlive_concurrent_requests_do_not_affect_each_other(
     ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     tasks: list[asyncio.Task[None]] = []
     gate = Gate()
 
-    async def late(session: AsyncSession) -> None:
+    async def outlive_request(session: AsyncSession) -> None:
         await gate()
         with pytest.raises(ctxalchemy.ContextClosedError):
             await ctxalchemy.db_session(db)
@@ -725,16 +725,16 @@ async def test_many_requests_with_late_tasks_at_once_keep_to_themselves(
     async def app(scope: Any, _receive: Any, send: Any) -> None:
         session = await ctxalchemy.db_session(db)
         await add_note(session, scope["path"])
-        tasks.append(asyncio.create_task(late(session)))
+        tasks.append(asyncio.create_task(outlive_request(session)))
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"done"})
 
-    async def all_late() -> bool:
+    async def all_requests_have_ended() -> bool:
         return gate.arrivals == 20
 
     witness = Witness(ctxalchemy, ctxalchemy.ASGIHTTPDBSessionMiddleware(app))
     await asyncio.gather(*(call(witness, scope=http_scope() | {"path": f"/{n}"}) for n in range(20)))
-    assert await eventually(all_late)
+    assert await eventually(all_requests_have_ended)
     gate.open()
     outcomes = await asyncio.gather(*tasks, return_exceptions=True)
     assert all(isinstance(outcome, InvalidRequestError) for outcome in outcomes)
