@@ -452,7 +452,7 @@ async def test_stream_whose_client_disconnects_keeps_its_committed_writes(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_client_that_disconnects_during_an_atomic_block_of_a_stream(
+async def test_atomic_block_of_a_stream_is_rolled_back_if_a_disconnect_cancels_it(
     ctxalchemy: ModuleType, schema: Schema, db: Any, kind: Kind
 ) -> None:
     """The block is rolled back if it is cancelled, as Starlette does, and committed if it runs to its end."""
@@ -564,7 +564,7 @@ async def test_stream_whose_connection_is_terminated_raises_to_the_server(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_client_that_disconnects_while_a_server_side_cursor_is_read(
+async def test_client_that_disconnects_while_a_cursor_is_read_leaves_nothing_open(
     ctxalchemy: ModuleType, schema: Schema, db: Any, kind: Kind
 ) -> None:
     gate = Gate()

@@ -309,7 +309,7 @@ async def test_methods_of_the_database_can_be_cancelled_at_any_suspension_point(
 # --- host changes under load -------------------------------------------------------------------------
 
 
-async def test_host_changes_while_requests_are_served(ctxalchemy: ModuleType, schema: Schema) -> None:
+async def test_host_changes_do_not_affect_requests_in_flight(ctxalchemy: ModuleType, schema: Schema) -> None:
     """Every write of a successful request is there, and no connection to the earlier host is left."""
     failures = 0
 
@@ -356,7 +356,7 @@ async def test_host_changes_while_requests_are_served(ctxalchemy: ModuleType, sc
     assert await all_closed(schema)
 
 
-async def test_host_changes_repeatedly_with_open_sessions_in_every_state(
+async def test_repeated_host_changes_do_not_affect_open_sessions_in_any_state(
     ctxalchemy: ModuleType, schema: Schema, hosted_db: Any
 ) -> None:
     """One session is fresh, one was used before, one is in a transaction, and one is executing a statement."""
@@ -583,7 +583,9 @@ async def test_request_that_waits_for_the_pool_is_served_after_close(
     await assert_whole(ctxalchemy, schema, db, notes=["first", "second"])
 
 
-async def test_close_while_connections_are_being_opened(ctxalchemy: ModuleType, schema: Schema) -> None:
+async def test_close_while_connections_are_being_opened_leaves_none_open(
+    ctxalchemy: ModuleType, schema: Schema
+) -> None:
     db = schema.db(ctxalchemy, pool_size=4)
     for pause in range(12):
 
@@ -604,7 +606,9 @@ async def test_close_while_connections_are_being_opened(ctxalchemy: ModuleType, 
     await db.close()
 
 
-async def test_concurrent_closes_and_uses_afterwards_succeed(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
+async def test_database_can_be_used_again_after_concurrent_closes(
+    ctxalchemy: ModuleType, schema: Schema, db: Any
+) -> None:
     for number in range(3):
         await write(ctxalchemy, db, f"before {number}")
         await asyncio.gather(*(db.close() for _ in range(5)))

@@ -295,7 +295,7 @@ async def test_failed_commit_after_response_start_is_raised_to_the_server(
     await assert_whole(ctxalchemy, schema, db, other_db, notes=["first", "second", "after, first"])
 
 
-async def test_partial_commit_over_databases_of_different_drivers(
+async def test_partial_commit_error_names_databases_of_different_drivers(
     ctxalchemy: ModuleType, schema: Schema, db: Any, tmp_path: Path
 ) -> None:
     lite = await SQLiteFile.create(tmp_path / "notes.sqlite3")
