@@ -274,7 +274,7 @@ async def test_creating_the_first_session_can_be_cancelled_at_any_suspension_poi
 async def test_methods_of_the_database_can_be_cancelled_at_any_suspension_point(
     ctxalchemy: ModuleType, schema: Schema, hosted_db: Any, how: str, manner: Manner
 ) -> None:
-    """The method runs to its end: connections to the old host are terminated, and the next requests succeed."""
+    """The method runs to its end: connections to the old host are closed, and the next requests succeed."""
     in_flight: list[Any] = []
 
     async def before() -> None:
