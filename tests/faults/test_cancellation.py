@@ -477,7 +477,7 @@ async def cancel_everywhere(world: World, shape: Shape, manner: Manner, check: C
 
 
 def messages_of(error: BaseException | None) -> str:
-    """The representation, message and notes of an error, and of each of its causes and contexts."""
+    """The representation, message and notes of an error, and those of its causes and contexts."""
     if error is None:
         return ""
     messages = [repr(error), str(error), *getattr(error, "__notes__", [])]
@@ -485,7 +485,7 @@ def messages_of(error: BaseException | None) -> str:
 
 
 async def assert_nothing_open(world: World, shape: Shape, run: Run) -> None:
-    """The run has left nothing open, and has committed only the notes that it may commit."""
+    """Assert that the run has left nothing open and has committed only notes that it may commit."""
     commits, answers = world.commits.copy(), list(world.answers)
     left = [await checked_out(db) for db in world.databases]
     assert not any(left)

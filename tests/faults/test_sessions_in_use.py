@@ -95,7 +95,7 @@ class SessionInUse:
         return await asyncio.wait_for(asyncio.gather(*self.tasks, return_exceptions=True), 5)
 
     async def assert_ended(self) -> None:
-        """The request ended as ``end`` names, except that a success became the error of its commit."""
+        """Assert that the request ended as ``end`` names, except that a success became the error of its commit."""
         error = await self.witness.error()
         expected: dict[str, tuple[type[BaseException], ...]] = {
             "200": (InvalidRequestError, DBAPIError),
@@ -116,7 +116,7 @@ async def sleep_long(session: AsyncSession) -> None:
 
 
 def in_a_statement(schema: Schema, *, written: bool = True, waiting: int = 0) -> Any:
-    """One task is executing a statement, and other tasks wait for that statement to end."""
+    """Start a task that executes a statement, and ``waiting`` tasks that wait for that statement to end."""
 
     async def start(session: AsyncSession) -> list[asyncio.Task[Any]]:
         if written:
@@ -768,7 +768,7 @@ async def test_concurrent_cancelled_statements_close_their_connection_only_once(
 async def test_cancelled_waiting_statement_does_not_affect_the_statement_of_another_task(
     ctxalchemy: ModuleType, schema: Schema, db_per_driver: Any
 ) -> None:
-    """SQLAlchemy would close the connection during the other statement, which over psycopg would then never end."""
+    """SQLAlchemy alone would close the connection during the other statement, which over psycopg would never end."""
 
     async def is_executing() -> bool:
         return await sleeping(schema)

@@ -43,7 +43,7 @@ def ending(
 
 
 async def assert_ended(witness: Witness, end: str) -> None:
-    """The request ended as ``end`` names."""
+    """Assert that the request ended as ``end`` names."""
     error = await witness.error()
     assert isinstance(error, LookupError) if end == "exception" else error is None
     assert witness.statuses == ([int(end)] if end.isdigit() else [])
