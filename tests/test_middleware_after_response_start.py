@@ -1,4 +1,4 @@
-"""The middleware, rules 3 and 4: what comes after the start of the response, and what comes after everything."""
+"""The middleware after the response start: streams and background tasks, closing, and tasks that outlive a request."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ each_place = pytest.mark.parametrize("place", PLACES)
 
 
 def answer_then(place: str, work: Callable[[], Awaitable[None]]) -> Answer:
-    """An answer that does this work while the body is streamed, or after it was sent."""
+    """Return an answer that does this work while its body is streamed, or after its body was sent."""
 
     async def body() -> AsyncIterator[bytes]:
         yield b"first"
@@ -33,7 +33,7 @@ def answer_then(place: str, work: Callable[[], Awaitable[None]]) -> Answer:
 @each_kind
 @each_transport
 @each_place
-async def test_what_comes_after_response_start_uses_the_session_and_is_committed_at_the_end(
+async def test_work_after_response_start_uses_the_same_session_and_is_committed_at_the_end(
     ctxalchemy: ModuleType, schema: Schema, db: Any, kind: Kind, transport: Transport, place: str
 ) -> None:
     async def later() -> None:
@@ -61,7 +61,7 @@ async def test_what_comes_after_response_start_uses_the_session_and_is_committed
 
 @each_kind
 @each_place
-async def test_a_session_may_be_made_as_late_as_after_response_start(
+async def test_first_session_can_be_created_after_response_start(
     ctxalchemy: ModuleType, schema: Schema, db: Any, kind: Kind, place: str
 ) -> None:
     async def later() -> None:
@@ -76,7 +76,7 @@ async def test_a_session_may_be_made_as_late_as_after_response_start(
 
 @each_kind
 @each_place
-async def test_what_fails_after_response_start_is_undone_but_nothing_that_was_promised(
+async def test_failure_after_response_start_rolls_back_only_the_later_work(
     ctxalchemy: ModuleType, schema: Schema, db: Any, kind: Kind, place: str
 ) -> None:
     error = LookupError("later")
@@ -86,19 +86,19 @@ async def test_what_fails_after_response_start_is_undone_but_nothing_that_was_pr
         raise error
 
     async def endpoint() -> Answer:
-        await add_note(await ctxalchemy.db_session(db), "promised")
+        await add_note(await ctxalchemy.db_session(db), "committed")
         return answer_then(place, later)
 
     with pytest.raises(LookupError) as caught:
         await call(build(kind, ctxalchemy, endpoint))
     assert caught.value is error
     assert await checked_out(db) == 0
-    assert await schema.notes() == ["promised"]
+    assert await schema.notes() == ["committed"]
 
 
 @each_kind
 @each_place
-async def test_a_commit_that_fails_after_response_start_reaches_the_server(
+async def test_exception_of_a_failed_commit_after_response_start_reaches_the_server(
     ctxalchemy: ModuleType, schema: Schema, db: Any, kind: Kind, place: str
 ) -> None:
     async def later() -> None:
@@ -107,17 +107,17 @@ async def test_a_commit_that_fails_after_response_start_reaches_the_server(
         await break_commit(session)
 
     async def endpoint() -> Answer:
-        await add_note(await ctxalchemy.db_session(db), "promised")
+        await add_note(await ctxalchemy.db_session(db), "committed")
         return answer_then(place, later)
 
     with pytest.raises(DBAPIError):
         await call(build(kind, ctxalchemy, endpoint))
     assert await checked_out(db) == 0
-    assert await schema.notes() == ["promised"]
+    assert await schema.notes() == ["committed"]
 
 
 @each_place
-async def test_a_handled_error_can_still_have_work_done_after_it(
+async def test_work_after_an_error_response_is_committed(
     ctxalchemy: ModuleType, schema: Schema, db: Any, place: str
 ) -> None:
     async def later() -> None:
@@ -134,7 +134,7 @@ async def test_a_handled_error_can_still_have_work_done_after_it(
 
 
 @each_kind
-async def test_a_task_that_outlives_its_request_gets_an_error_and_no_session(
+async def test_task_that_outlives_its_request_gets_an_error_instead_of_a_session(
     ctxalchemy: ModuleType, schema: Schema, db: Any, kind: Kind
 ) -> None:
     gate = Gate()
@@ -161,7 +161,7 @@ async def test_a_task_that_outlives_its_request_gets_an_error_and_no_session(
 
 @each_kind
 @pytest.mark.parametrize("status", [200, 404])
-async def test_the_sessions_of_a_request_are_closed_after_it(
+async def test_all_sessions_are_closed_at_the_end_of_a_request(
     ctxalchemy: ModuleType, db: Any, other_db: Any, kind: Kind, status: int
 ) -> None:
     sessions = []

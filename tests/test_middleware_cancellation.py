@@ -1,4 +1,4 @@
-"""The middleware, rule 5: a request that is cancelled leaves nothing behind."""
+"""The middleware when a request is cancelled: the request is rolled back, and no connection stays checked out."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 @each_kind
 @pytest.mark.parametrize("place", ["endpoint", "stream", "background", "send"])
-async def test_a_cancelled_request_is_rolled_back_and_the_next_one_is_served(
+async def test_cancelled_request_is_rolled_back_and_the_next_request_succeeds(
     ctxalchemy: ModuleType, schema: Schema, db: Any, kind: Kind, place: str
 ) -> None:
     gate = Gate()
-    promised = [] if place == "endpoint" else ["promised"]
+    committed = [] if place == "endpoint" else ["committed"]
 
     async def work() -> None:
         await add_note(await ctxalchemy.db_session(db), "undone")
@@ -36,7 +36,7 @@ async def test_a_cancelled_request_is_rolled_back_and_the_next_one_is_served(
             return Answer()
         if place == "endpoint":
             await work()
-        await add_note(await ctxalchemy.db_session(db), "promised")
+        await add_note(await ctxalchemy.db_session(db), "committed")
         return Answer(stream=body() if place == "stream" else None, background=work)
 
     served = False
@@ -50,4 +50,4 @@ async def test_a_cancelled_request_is_rolled_back_and_the_next_one_is_served(
     assert await schema.settled()
     served = True
     assert (await call(app))[0]["status"] == 200
-    assert await schema.notes() == promised
+    assert await schema.notes() == committed

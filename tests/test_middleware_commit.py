@@ -1,4 +1,4 @@
-"""The middleware, rule 1: it commits before the response starts, and a failed commit is never a success."""
+"""The middleware commits before it sends the response start, and a failed commit is never a success."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @each_kind
 @each_transport
-async def test_a_success_is_committed(
+async def test_successful_request_is_committed(
     ctxalchemy: ModuleType, schema: Schema, db: Any, kind: Kind, transport: Transport
 ) -> None:
     async def endpoint() -> Answer:
@@ -32,7 +32,7 @@ async def test_a_success_is_committed(
 
 
 @each_kind
-async def test_a_client_that_sees_the_headers_can_read_its_write(
+async def test_client_that_has_received_the_headers_can_read_its_write(
     ctxalchemy: ModuleType, schema: Schema, db: Any, kind: Kind
 ) -> None:
     gate = Gate()
@@ -54,7 +54,7 @@ async def test_a_client_that_sees_the_headers_can_read_its_write(
 
 
 @each_kind
-async def test_everything_is_committed_when_the_response_is_passed_on(
+async def test_all_sessions_are_committed_before_the_response_start_is_sent(
     ctxalchemy: ModuleType, schema: Schema, db: Any, other_db: Any, kind: Kind
 ) -> None:
     seen = []
@@ -64,16 +64,16 @@ async def test_everything_is_committed_when_the_response_is_passed_on(
         await add_note(await ctxalchemy.db_session(other_db), "there")
         return Answer()
 
-    async def look(message: Message) -> None:
+    async def record(message: Message) -> None:
         seen.append((message["type"], await schema.notes(), await schema.backends()))
 
-    await call(build(kind, ctxalchemy, endpoint), look)
+    await call(build(kind, ctxalchemy, endpoint), record)
     assert seen[0] == ("http.response.start", ["here", "there"], ["idle", "idle"])
 
 
 @each_kind
 @each_transport
-async def test_a_failed_commit_is_never_answered_as_success(
+async def test_failed_commit_is_never_a_success(
     ctxalchemy: ModuleType, schema: Schema, db: Any, kind: Kind, transport: Transport
 ) -> None:
     async def endpoint() -> Answer:
@@ -95,24 +95,24 @@ async def test_a_failed_commit_is_never_answered_as_success(
 
 
 @each_kind
-async def test_the_error_of_a_failed_commit_reaches_the_server(ctxalchemy: ModuleType, db: Any, kind: Kind) -> None:
+async def test_exception_of_a_failed_commit_reaches_the_server(ctxalchemy: ModuleType, db: Any, kind: Kind) -> None:
     statuses = []
 
     async def endpoint() -> Answer:
         await break_commit(await ctxalchemy.db_session(db))
         return Answer()
 
-    async def look(message: Message) -> None:
+    async def record(message: Message) -> None:
         statuses.append(message.get("status"))
 
     with pytest.raises(DBAPIError):
-        await call(build(kind, ctxalchemy, endpoint), look)
-    # Starlette's own error middleware answers; a pure ASGI application leaves that to the server.
+        await call(build(kind, ctxalchemy, endpoint), record)
+    # The error middleware of Starlette sends a response.  A pure ASGI application leaves the response to the server.
     assert statuses == ([] if kind == "asgi" else [500, None])
 
 
 @pytest.mark.parametrize("then", ["returns", "sends again"])
-async def test_an_application_cannot_make_a_success_of_a_failed_commit_by_catching_it(
+async def test_application_that_catches_a_failed_commit_cannot_send_a_success(
     ctxalchemy: ModuleType, schema: Schema, db: Any, then: str
 ) -> None:
     async def app(_scope: Any, _receive: Any, send: Any) -> None:
@@ -126,17 +126,17 @@ async def test_an_application_cannot_make_a_success_of_a_failed_commit_by_catchi
 
     sent: list[Message] = []
 
-    async def look(message: Message) -> None:
+    async def record(message: Message) -> None:
         sent.append(message)
 
     with pytest.raises(DBAPIError):
-        await call(ctxalchemy.ASGIHTTPDBSessionMiddleware(app), look)
+        await call(ctxalchemy.ASGIHTTPDBSessionMiddleware(app), record)
     assert sent == []
     assert await checked_out(db) == 0
 
 
 @each_kind
-async def test_the_hook_is_awaited_with_each_session_before_it_is_committed(
+async def test_before_commit_is_awaited_with_each_session_before_the_first_commit(
     ctxalchemy: ModuleType, schema: Schema, db: Any, other_db: Any, kind: Kind
 ) -> None:
     async def before_commit(session: Any) -> None:
@@ -155,7 +155,7 @@ async def test_the_hook_is_awaited_with_each_session_before_it_is_committed(
 
 
 @each_kind
-async def test_a_failing_hook_is_never_answered_as_success(
+async def test_failing_before_commit_is_never_a_success(
     ctxalchemy: ModuleType, schema: Schema, db: Any, kind: Kind
 ) -> None:
     async def before_commit(_session: Any) -> None:
@@ -172,7 +172,7 @@ async def test_a_failing_hook_is_never_answered_as_success(
     assert await schema.notes() == []
 
 
-async def test_a_request_without_a_session_touches_no_database(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
+async def test_request_without_a_session_opens_no_connection(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
     async def endpoint() -> Answer:
         assert ctxalchemy.is_context_initiated()
         return Answer()
@@ -182,7 +182,7 @@ async def test_a_request_without_a_session_touches_no_database(ctxalchemy: Modul
     assert await schema.backends() == []
 
 
-async def test_many_requests_at_once_on_a_pool_of_one_are_all_committed(
+async def test_concurrent_requests_on_a_pool_of_one_are_all_committed(
     ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     numbers = iter(range(100))

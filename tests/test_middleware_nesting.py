@@ -1,4 +1,4 @@
-"""The middleware, rule 6: each request has its own context, except where a test has opened one for it."""
+"""The middleware gives each request its own context, unless a test has opened a context for the request."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     ("outer_status", "inner_status", "notes"),
     [(200, 200, ["inner", "outer"]), (200, 409, ["outer"]), (409, 200, ["inner"]), (409, 409, [])],
 )
-async def test_an_application_called_in_process_by_another_has_its_own_fate(
+async def test_application_called_in_process_is_completed_independently_of_its_caller(
     ctxalchemy: ModuleType,
     schema: Schema,
     db: Any,
@@ -51,7 +51,7 @@ async def test_an_application_called_in_process_by_another_has_its_own_fate(
 
 
 @pytest.mark.parametrize("finished", [False, True])
-async def test_a_request_made_by_a_task_of_another_has_its_own_fate(
+async def test_request_served_by_a_task_of_another_request_is_completed_independently(
     ctxalchemy: ModuleType, schema: Schema, db: Any, other_db: Any, finished: bool
 ) -> None:
     gate = Gate()
@@ -79,13 +79,13 @@ async def test_a_request_made_by_a_task_of_another_has_its_own_fate(
     assert await schema.notes() == ["second"]
 
 
-async def test_requests_at_the_same_time_have_contexts_of_their_own(ctxalchemy: ModuleType, db: Any) -> None:
-    all_there = asyncio.Barrier(3)
+async def test_concurrent_requests_have_separate_contexts(ctxalchemy: ModuleType, db: Any) -> None:
+    all_started = asyncio.Barrier(3)
     sessions = set()
 
     async def endpoint() -> Answer:
         sessions.add(await ctxalchemy.db_session(db))
-        await all_there.wait()
+        await all_started.wait()
         return Answer()
 
     app = build("asgi", ctxalchemy, endpoint)
@@ -95,7 +95,7 @@ async def test_requests_at_the_same_time_have_contexts_of_their_own(ctxalchemy: 
 
 
 @each_kind
-async def test_a_request_out_of_a_block_with_a_context_has_its_own(
+async def test_request_called_inside_run_in_new_ctx_has_its_own_context(
     ctxalchemy: ModuleType, schema: Schema, db: Any, other_db: Any, kind: Kind
 ) -> None:
     async def endpoint() -> Answer:
@@ -115,7 +115,7 @@ async def test_a_request_out_of_a_block_with_a_context_has_its_own(
 @each_kind
 @pytest.mark.parametrize("status", [200, 409])
 @pytest.mark.parametrize("opened_by", ["set_test_context", "init_db_session_ctx"])
-async def test_a_context_that_a_test_opened_is_respected(
+async def test_middleware_neither_completes_nor_closes_a_context_that_a_test_opened(
     ctxalchemy: ModuleType, schema: Schema, db: Any, kind: Kind, status: int, opened_by: str
 ) -> None:
     async def endpoint() -> Answer:
@@ -124,7 +124,7 @@ async def test_a_context_that_a_test_opened_is_respected(
         await add_note(session, "uncommitted")
         return Answer(status)
 
-    async def use_it() -> None:
+    async def send_request() -> None:
         session = await ctxalchemy.db_session(db)
         async with client_of(build(kind, ctxalchemy, endpoint)) as client:
             assert (await client.get("/")).status_code == status
@@ -135,16 +135,16 @@ async def test_a_context_that_a_test_opened_is_respected(
 
     if opened_by == "set_test_context":
         async with ctxalchemy.testing.set_test_context():
-            await use_it()
+            await send_request()
     else:
         token = ctxalchemy.init_db_session_ctx()
-        await use_it()
+        await send_request()
         await ctxalchemy.reset_db_session_ctx(token)
     assert await schema.notes() == []
 
 
-async def test_the_middleware_added_twice_is_one_context(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
-    """A second context would need a second connection out of a pool of one."""
+async def test_middleware_added_twice_opens_one_context(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
+    """A second context would have to check out a second connection from a pool of one."""
 
     async def between(scope: Any, receive: Any, send: Any) -> None:
         await add_note(await ctxalchemy.db_session(db), "between")
@@ -159,7 +159,7 @@ async def test_the_middleware_added_twice_is_one_context(ctxalchemy: ModuleType,
     assert await schema.notes() == ["between", "endpoint"]
 
 
-async def test_a_mounted_application_with_its_own_middleware_shares_the_context(
+async def test_mounted_application_with_its_own_middleware_shares_the_context(
     ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     async def mounted(_request: Any) -> Response:
@@ -179,10 +179,10 @@ async def test_a_mounted_application_with_its_own_middleware_shares_the_context(
 
 
 @pytest.mark.parametrize("copied", [False, True])
-async def test_the_scope_of_an_earlier_request_does_not_lead_into_the_context_of_a_later_one(
+async def test_scope_of_an_earlier_request_does_not_join_the_context_of_a_later_request(
     ctxalchemy: ModuleType, schema: Schema, db: Any, other_db: Any, copied: bool
 ) -> None:
-    """The mark in a scope is of one context; that there is one does not say that it is this request's."""
+    """The scope contains a context, but the current context is that of another request."""
     scope = http_scope()
 
     async def inner() -> Answer:
@@ -204,7 +204,7 @@ async def test_the_scope_of_an_earlier_request_does_not_lead_into_the_context_of
     assert await schema.notes() == ["inner"]
 
 
-async def test_a_copied_scope_does_not_lead_into_a_context_opened_inside_its_request(
+async def test_copied_scope_does_not_join_a_context_opened_inside_its_request(
     ctxalchemy: ModuleType, schema: Schema, db: Any, other_db: Any
 ) -> None:
     async def inner() -> Answer:
@@ -224,10 +224,10 @@ async def test_a_copied_scope_does_not_lead_into_a_context_opened_inside_its_req
     assert await schema.notes() == ["inner"]
 
 
-async def test_a_scope_that_is_used_again_does_not_lead_into_the_closed_context(
+async def test_scope_that_is_used_again_does_not_join_the_closed_context(
     ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
-    """A task of the first request, whose context is still current in it, serves a second one with the same scope."""
+    """A task of the first request, whose context is closed, serves a second request with the same scope."""
     scope = http_scope()
     gate = Gate()
     tasks: list[asyncio.Task[Any]] = []

@@ -1,4 +1,4 @@
-"""The options of the middleware are checked where they are given, not at the first request."""
+"""The options of the middleware are checked when the middleware is added, not at the first request."""
 
 from __future__ import annotations
 
@@ -31,28 +31,30 @@ def fastapi(ctxalchemy: ModuleType) -> Callable[..., Any]:
     return lambda **options: ctxalchemy.fastapi.add_fastapi_http_db_session_middleware(FastAPI(), **options)
 
 
-each_way = pytest.mark.parametrize("way", [pure, starlette, fastapi])
+each_adder = pytest.mark.parametrize("adder", [pure, starlette, fastapi])
 
 
-@each_way
-def test_an_option_that_is_misspelled_is_refused_at_once(ctxalchemy: ModuleType, way: Any) -> None:
+@each_adder
+def test_misspelled_option_is_refused_when_the_middleware_is_added(ctxalchemy: ModuleType, adder: Any) -> None:
     with pytest.raises(TypeError, match="before_comit"):
-        way(ctxalchemy)(before_comit=nothing)
+        adder(ctxalchemy)(before_comit=nothing)
 
 
-@each_way
+@each_adder
 @pytest.mark.parametrize("option", ["before_commit", "commit_if"])
-def test_an_option_that_cannot_be_called_is_refused_at_once(ctxalchemy: ModuleType, way: Any, option: str) -> None:
+def test_option_that_is_not_callable_is_refused_when_the_middleware_is_added(
+    ctxalchemy: ModuleType, adder: Any, option: str
+) -> None:
     with pytest.raises(TypeError, match=option):
-        way(ctxalchemy)(**{option: "commit"})
+        adder(ctxalchemy)(**{option: "commit"})
 
 
-@each_way
-def test_the_options_that_there_are_are_taken(ctxalchemy: ModuleType, way: Any) -> None:
-    way(ctxalchemy)(before_commit=nothing, commit_if=bool, websocket=True)
+@each_adder
+def test_all_existing_options_are_accepted(ctxalchemy: ModuleType, adder: Any) -> None:
+    adder(ctxalchemy)(before_commit=nothing, commit_if=bool, websocket=True)
 
 
-async def test_the_hook_may_be_given_by_position(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
+async def test_before_commit_can_be_passed_by_position(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
     async def before_commit(session: Any) -> None:
         await add_note(session, "from the hook")
 
@@ -64,7 +66,7 @@ async def test_the_hook_may_be_given_by_position(ctxalchemy: ModuleType, schema:
     assert await schema.notes() == ["endpoint", "from the hook"]
 
 
-async def test_the_class_can_be_listed_among_an_applications_middleware(
+async def test_middleware_class_can_be_passed_in_the_middleware_list_of_starlette(
     ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     async def endpoint() -> Answer:

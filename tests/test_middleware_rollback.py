@@ -1,4 +1,4 @@
-"""The middleware, rule 2: handled errors roll back before they are sent; so does whatever gets no response."""
+"""The middleware rolls back before it sends an error response, and if the application sends no response."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @each_kind
 @each_transport
-async def test_a_status_of_400_and_up_rolls_back(
+async def test_status_of_400_or_above_rolls_back(
     ctxalchemy: ModuleType, schema: Schema, db: Any, kind: Kind, transport: Transport
 ) -> None:
     async def endpoint() -> Answer:
@@ -32,7 +32,7 @@ async def test_a_status_of_400_and_up_rolls_back(
 
 @pytest.mark.parametrize("kind", ["starlette", "fastapi"])
 @each_transport
-async def test_an_error_that_the_framework_handles_rolls_back(
+async def test_error_that_the_framework_handles_rolls_back(
     ctxalchemy: ModuleType, schema: Schema, db: Any, kind: Kind, transport: Transport
 ) -> None:
     async def endpoint() -> Answer:
@@ -48,7 +48,7 @@ async def test_an_error_that_the_framework_handles_rolls_back(
 
 
 @each_kind
-async def test_everything_is_rolled_back_when_the_response_is_passed_on(
+async def test_all_sessions_are_rolled_back_before_the_response_start_is_sent(
     ctxalchemy: ModuleType, schema: Schema, db: Any, other_db: Any, kind: Kind
 ) -> None:
     states = []
@@ -58,17 +58,17 @@ async def test_everything_is_rolled_back_when_the_response_is_passed_on(
         await add_note(await ctxalchemy.db_session(other_db), "undone there")
         return Answer(404)
 
-    async def look(_message: Message) -> None:
+    async def record(_message: Message) -> None:
         states.append(await schema.backends())
 
-    await call(build(kind, ctxalchemy, endpoint), look)
+    await call(build(kind, ctxalchemy, endpoint), record)
     assert states[0] == ["idle", "idle"]
     assert await schema.notes() == []
 
 
 @each_kind
 @each_transport
-async def test_an_unhandled_error_rolls_back_and_the_next_request_is_served(
+async def test_unhandled_error_rolls_back_and_the_next_request_succeeds(
     ctxalchemy: ModuleType, schema: Schema, db: Any, kind: Kind, transport: Transport
 ) -> None:
     async def endpoint() -> Answer:
@@ -87,7 +87,7 @@ async def test_an_unhandled_error_rolls_back_and_the_next_request_is_served(
 
 
 @each_kind
-async def test_an_unhandled_error_comes_through_as_it_is(ctxalchemy: ModuleType, db: Any, kind: Kind) -> None:
+async def test_unhandled_error_is_raised_unchanged(ctxalchemy: ModuleType, db: Any, kind: Kind) -> None:
     error = LookupError("the endpoint")
 
     async def endpoint() -> Answer:
@@ -100,7 +100,9 @@ async def test_an_unhandled_error_comes_through_as_it_is(ctxalchemy: ModuleType,
     assert not hasattr(error, "__notes__")
 
 
-async def test_no_response_rolls_back(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
+async def test_application_that_sends_no_response_is_rolled_back(
+    ctxalchemy: ModuleType, schema: Schema, db: Any
+) -> None:
     async def app(_scope: Any, _receive: Any, _send: Any) -> None:
         await add_note(await ctxalchemy.db_session(db), "undone")
 
@@ -111,8 +113,8 @@ async def test_no_response_rolls_back(ctxalchemy: ModuleType, schema: Schema, db
 
 
 @each_kind
-@pytest.mark.parametrize(("status", "notes"), [(404, ["made"]), (200, [])])
-async def test_which_status_commits_is_the_applications_choice(
+@pytest.mark.parametrize(("status", "notes"), [(404, ["written"]), (200, [])])
+async def test_commit_if_decides_which_status_commits(
     ctxalchemy: ModuleType, schema: Schema, db: Any, kind: Kind, status: int, notes: list[str]
 ) -> None:
     statuses = []
@@ -122,7 +124,7 @@ async def test_which_status_commits_is_the_applications_choice(
         return status == 404
 
     async def endpoint() -> Answer:
-        await add_note(await ctxalchemy.db_session(db), "made")
+        await add_note(await ctxalchemy.db_session(db), "written")
         return Answer(status)
 
     await call(build(kind, ctxalchemy, endpoint, commit_if=commit_if))
@@ -131,7 +133,7 @@ async def test_which_status_commits_is_the_applications_choice(
     assert statuses == [status]
 
 
-async def test_a_hook_is_not_called_for_what_is_rolled_back(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
+async def test_before_commit_is_not_called_before_a_rollback(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
     async def before_commit(_session: Any) -> None:
         pytest.fail("nothing is committed here")
 

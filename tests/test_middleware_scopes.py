@@ -1,4 +1,4 @@
-"""The middleware, rule 7: what is not HTTP passes through, except WebSockets where that is asked for."""
+"""The middleware passes scopes other than HTTP through, except WebSockets if ``websocket`` is true."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 async def talk(app: Any, *messages: str) -> list[Message]:
-    """Open a WebSocket connection, send these texts, close it; return what came back."""
+    """Open a WebSocket connection, send these texts, close the connection, and return the received messages."""
     to_send: list[Message] = [{"type": "websocket.connect"}]
     to_send += [{"type": "websocket.receive", "text": text} for text in messages]
     to_send += [{"type": "websocket.disconnect", "code": 1000}]
@@ -33,8 +33,8 @@ async def talk(app: Any, *messages: str) -> list[Message]:
     return sent
 
 
-def notes_of(ctxalchemy: ModuleType, db: Any) -> Callable[[Any], Any]:
-    """An endpoint that takes notes, until it is told that something is wrong."""
+def note_taker(ctxalchemy: ModuleType, db: Any) -> Callable[[Any], Any]:
+    """Return an endpoint that adds each text as a note.  The text "fail" raises, and "break" makes the commit fail."""
 
     async def endpoint(websocket: Any) -> None:
         await websocket.accept()
@@ -48,13 +48,13 @@ def notes_of(ctxalchemy: ModuleType, db: Any) -> Callable[[Any], Any]:
 
 
 def websocket_app(ctxalchemy: ModuleType, db: Any, **options: Any) -> Any:
-    app = Starlette(routes=[WebSocketRoute("/", notes_of(ctxalchemy, db))])
+    app = Starlette(routes=[WebSocketRoute("/", note_taker(ctxalchemy, db))])
     ctxalchemy.starlette.add_starlette_http_db_session_middleware(app, **options)
     return app
 
 
 @pytest.mark.parametrize("type_", ["lifespan", "websocket", "something.new"])
-async def test_what_is_not_http_passes_through_untouched(ctxalchemy: ModuleType, type_: str) -> None:
+async def test_scope_other_than_http_is_passed_through_unchanged(ctxalchemy: ModuleType, type_: str) -> None:
     calls = []
 
     async def app(*arguments: Any) -> None:
@@ -72,36 +72,36 @@ async def test_what_is_not_http_passes_through_untouched(ctxalchemy: ModuleType,
     assert scope == {"type": type_}
 
 
-async def test_websocket_support_does_not_concern_the_lifespan(ctxalchemy: ModuleType) -> None:
+async def test_lifespan_has_no_context_even_if_websocket_is_true(ctxalchemy: ModuleType) -> None:
     async def app(*_: Any) -> None:
         assert not ctxalchemy.is_context_initiated()
 
     await ctxalchemy.ASGIHTTPDBSessionMiddleware(app, websocket=True)({"type": "lifespan"}, None, None)
 
 
-async def test_a_websocket_has_no_context_by_default(ctxalchemy: ModuleType, db: Any) -> None:
+async def test_websocket_connection_has_no_context_by_default(ctxalchemy: ModuleType, db: Any) -> None:
     with pytest.raises(ctxalchemy.ContextNotInitiatedError):
         await talk(websocket_app(ctxalchemy, db), "note")
 
 
-async def test_a_websocket_connection_is_committed_when_the_application_returns(
+async def test_websocket_connection_is_committed_when_the_application_returns(
     ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
-    hooked = []
+    hook_sessions = []
 
     async def before_commit(session: Any) -> None:
         assert await schema.notes() == []
-        hooked.append(session)
+        hook_sessions.append(session)
 
     app = websocket_app(ctxalchemy, db, websocket=True, before_commit=before_commit)
     sent = await talk(app, "first", "second")
     assert [message["type"] for message in sent] == ["websocket.accept"]
     assert await schema.notes() == ["first", "second"]
     assert await checked_out(db) == 0
-    assert len(hooked) == 1
+    assert len(hook_sessions) == 1
 
 
-async def test_a_websocket_connection_is_rolled_back_when_the_application_raises(
+async def test_websocket_connection_is_rolled_back_when_the_application_raises(
     ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     with pytest.raises(LookupError, match="fail"):
@@ -110,7 +110,7 @@ async def test_a_websocket_connection_is_rolled_back_when_the_application_raises
     assert await schema.notes() == []
 
 
-async def test_a_failed_commit_of_a_websocket_connection_reaches_the_server(
+async def test_exception_of_a_failed_commit_of_a_websocket_connection_reaches_the_server(
     ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     with pytest.raises(Exception, match="child_note_fkey"):

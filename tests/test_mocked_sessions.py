@@ -1,4 +1,4 @@
-"""Mocks and patches of a session are called, whatever they pretend to be."""
+"""Mocked sessions and patched methods are called, even if a mock has the ``__class__`` of a session."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MOCKS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("mock", MOCKS)
-async def test_a_mock_is_committed_and_closed(ctxalchemy: ModuleType, db: Any, mock: str) -> None:
+async def test_mock_is_committed_and_closed(ctxalchemy: ModuleType, db: Any, mock: str) -> None:
     session = MOCKS[mock]()
     session.in_transaction = MagicMock(side_effect=[True, True, False, False, False, False])
     async with ctxalchemy.new_ctx():
@@ -30,7 +30,7 @@ async def test_a_mock_is_committed_and_closed(ctxalchemy: ModuleType, db: Any, m
 
 
 @pytest.mark.parametrize("mock", MOCKS)
-async def test_the_error_of_a_mock_comes_through(ctxalchemy: ModuleType, db: Any, mock: str) -> None:
+async def test_exception_of_a_mock_is_raised(ctxalchemy: ModuleType, db: Any, mock: str) -> None:
     session = MOCKS[mock]()
     session.in_transaction = MagicMock(return_value=True)
     session.commit.side_effect = LookupError("no")
@@ -42,7 +42,7 @@ async def test_the_error_of_a_mock_comes_through(ctxalchemy: ModuleType, db: Any
     session.close.assert_awaited_once_with()
 
 
-async def test_a_method_that_is_patched_on_a_session_is_called(ctxalchemy: ModuleType, db: Any) -> None:
+async def test_method_patched_on_a_session_is_called(ctxalchemy: ModuleType, db: Any) -> None:
     session = await db.create_session()
     session.commit = AsyncMock(side_effect=LookupError("patched"))
     with pytest.raises(LookupError, match="patched"):  # noqa: PT012
@@ -51,7 +51,7 @@ async def test_a_method_that_is_patched_on_a_session_is_called(ctxalchemy: Modul
             await session.begin()
 
 
-async def test_a_method_that_is_patched_on_the_class_is_called(
+async def test_method_patched_on_the_class_is_called(
     ctxalchemy: ModuleType, db: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(AsyncSession, "commit", AsyncMock(side_effect=LookupError("patched")))

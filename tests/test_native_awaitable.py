@@ -1,6 +1,6 @@
-"""What ``db_session()`` returns is a coroutine down to the details, and keeps its head in bad company.
+"""``db_session()`` returns an object that behaves as the coroutine of an ``async def``, even in unusual uses.
 
-Both backends run these: what holds for the ``async def`` in Python has to hold for the native one.
+The tests run on both backends: the native coroutine must behave as that of the ``async def`` in Python does.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class Thing:
-    """A connection or a session, where none is needed to be one."""
+    """Stands for a database or a session in tests that need neither."""
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def store(ctxalchemy: ModuleType, key: Thing, session: Thing) -> Iterator[Any]:
 
 
 def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """The result of a coroutine that does not have to wait."""
+    """Return the result of a coroutine that does not wait."""
     with pytest.raises(StopIteration) as stopped:
         coroutine.send(None)
     return stopped.value.value
@@ -65,19 +65,19 @@ async def awaited(awaitable: Any) -> Any:
     return await awaitable
 
 
-def slow(ctxalchemy: ModuleType, event: asyncio.Event) -> Any:
-    """A connection whose sessions wait for the event."""
+def waiting_db(ctxalchemy: ModuleType, event: asyncio.Event) -> Any:
+    """Return a database whose sessions are created only after the event is set."""
 
-    async def handler(_connection: Any) -> None:
+    async def handler(_database: Any) -> None:
         await event.wait()
 
     return ctxalchemy.DBConnect.from_url("sqlite+aiosqlite://", before_create_session_handler=handler)
 
 
-def unending(ctxalchemy: ModuleType, finished: list[bool]) -> Any:
-    """A connection whose sessions are never made; it notes when nobody waits for that any more."""
+def never_ready_db(ctxalchemy: ModuleType, finished: list[bool]) -> Any:
+    """Return a database whose handler never returns.  ``finished`` gets an item when the handler is ended."""
 
-    async def handler(_connection: Any) -> None:
+    async def handler(_database: Any) -> None:
         try:
             await asyncio.Event().wait()
         finally:
@@ -100,7 +100,7 @@ def context(ctxalchemy: ModuleType) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("name", ["db_session", "db_session_nowait", "init_db_session_ctx", "is_context_initiated"])
-def test_a_function_is_taken_for_a_python_function(ctxalchemy: ModuleType, name: str) -> None:
+def test_function_is_a_python_function_for_inspection(ctxalchemy: ModuleType, name: str) -> None:
     function = getattr(ctxalchemy, name)
     assert isinstance(function, types.FunctionType)
     assert inspect.isfunction(function)
@@ -119,7 +119,7 @@ def test_a_function_is_taken_for_a_python_function(ctxalchemy: ModuleType, name:
     [((), {}), ((1, 2), {}), ((), {"connection": 1}), ((1,), {"connect": 1}), ((1,), {"more": 1})],
 )
 @pytest.mark.parametrize("name", ["db_session", "db_session_nowait"])
-def test_arguments_that_do_not_fit_are_refused_in_the_words_of_python(
+def test_wrong_arguments_raise_the_error_of_python(
     packages: dict[str, dict[str, ModuleType]], name: str, arguments: tuple[Any, ...], named: dict[str, Any]
 ) -> None:
     messages = set()
@@ -131,7 +131,7 @@ def test_arguments_that_do_not_fit_are_refused_in_the_words_of_python(
     assert f"{name}() " in messages.pop()
 
 
-def test_the_connection_is_passed_by_position_or_by_name(
+def test_database_can_be_passed_by_position_or_by_name(
     ctxalchemy: ModuleType, store: Any, key: Thing, session: Thing
 ) -> None:
     assert run(ctxalchemy.db_session(key)) is session
@@ -144,7 +144,7 @@ def test_the_connection_is_passed_by_position_or_by_name(
 # The coroutine
 
 
-def test_it_looks_like_a_coroutine(ctxalchemy: ModuleType, store: Any, key: Thing) -> None:
+def test_coroutine_is_a_coroutine_for_inspection(ctxalchemy: ModuleType, store: Any, key: Thing) -> None:
     coroutine = ctxalchemy.db_session(key)
     assert inspect.iscoroutine(coroutine)
     assert inspect.getcoroutinestate(coroutine) == inspect.CORO_CREATED
@@ -157,7 +157,7 @@ def test_it_looks_like_a_coroutine(ctxalchemy: ModuleType, store: Any, key: Thin
 
 
 @needs_reference_counts
-def test_it_warns_when_it_was_never_awaited(ctxalchemy: ModuleType, key: Thing) -> None:
+def test_coroutine_that_is_never_awaited_warns(ctxalchemy: ModuleType, key: Thing) -> None:
     for _ in range(3):
         with pytest.warns(RuntimeWarning, match="coroutine 'db_session' was never awaited") as warned:
             ctxalchemy.db_session(key)
@@ -165,7 +165,9 @@ def test_it_warns_when_it_was_never_awaited(ctxalchemy: ModuleType, key: Thing) 
 
 
 @needs_reference_counts
-def test_the_warning_may_be_an_error(ctxalchemy: ModuleType, key: Thing, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warning_about_a_coroutine_never_awaited_can_be_turned_into_an_error(
+    ctxalchemy: ModuleType, key: Thing, monkeypatch: pytest.MonkeyPatch
+) -> None:
     caught: list[Any] = []
     monkeypatch.setattr(sys, "unraisablehook", caught.append)
     with warnings.catch_warnings():
@@ -176,7 +178,7 @@ def test_the_warning_may_be_an_error(ctxalchemy: ModuleType, key: Thing, monkeyp
 
 
 @needs_reference_counts
-def test_it_does_not_warn_when_it_was_closed(ctxalchemy: ModuleType, key: Thing) -> None:
+def test_closed_coroutine_does_not_warn(ctxalchemy: ModuleType, key: Thing) -> None:
     coroutine = ctxalchemy.db_session(key)
     coroutine.close()
     coroutine.close()
@@ -184,7 +186,7 @@ def test_it_does_not_warn_when_it_was_closed(ctxalchemy: ModuleType, key: Thing)
     gc.collect()
 
 
-def test_only_none_can_be_sent_first(ctxalchemy: ModuleType, store: Any, key: Thing, session: Thing) -> None:
+def test_first_send_accepts_only_none(ctxalchemy: ModuleType, store: Any, key: Thing, session: Thing) -> None:
     coroutine = ctxalchemy.db_session(key)
     with pytest.raises(TypeError, match="can't send non-None value to a just-started coroutine"):
         coroutine.send(1)
@@ -192,7 +194,7 @@ def test_only_none_can_be_sent_first(ctxalchemy: ModuleType, store: Any, key: Th
 
 
 @pytest.mark.parametrize("how", ["send", "throw"])
-def test_it_is_over_after_its_result(ctxalchemy: ModuleType, store: Any, key: Thing, how: str) -> None:
+def test_coroutine_cannot_be_reused_after_its_result(ctxalchemy: ModuleType, store: Any, key: Thing, how: str) -> None:
     coroutine = ctxalchemy.db_session(key)
     run(coroutine)
     with pytest.raises(RuntimeError, match="cannot reuse already awaited coroutine"):
@@ -200,7 +202,7 @@ def test_it_is_over_after_its_result(ctxalchemy: ModuleType, store: Any, key: Th
     coroutine.close()
 
 
-def test_it_is_over_after_its_error(ctxalchemy: ModuleType, key: Thing) -> None:
+def test_coroutine_cannot_be_reused_after_its_exception(ctxalchemy: ModuleType, key: Thing) -> None:
     coroutine = ctxalchemy.db_session(key)
     with pytest.raises(ctxalchemy.ContextNotInitiatedError):
         coroutine.send(None)
@@ -208,7 +210,9 @@ def test_it_is_over_after_its_error(ctxalchemy: ModuleType, key: Thing) -> None:
         coroutine.send(None)
 
 
-def test_what_cannot_be_thrown_changes_nothing(ctxalchemy: ModuleType, store: Any, key: Thing, session: Thing) -> None:
+def test_throw_of_something_that_is_no_exception_does_not_change_the_coroutine(
+    ctxalchemy: ModuleType, store: Any, key: Thing, session: Thing
+) -> None:
     coroutine = ctxalchemy.db_session(key)
     with pytest.raises(TypeError, match="exceptions must be classes or instances deriving from BaseException"):
         coroutine.throw(1)
@@ -216,7 +220,9 @@ def test_what_cannot_be_thrown_changes_nothing(ctxalchemy: ModuleType, store: An
 
 
 @pytest.mark.parametrize("thrown", [KeyError, KeyError("thrown"), GeneratorExit, asyncio.CancelledError()])
-def test_what_is_thrown_first_comes_out(ctxalchemy: ModuleType, store: Any, key: Thing, thrown: Any) -> None:
+def test_exception_thrown_before_the_start_is_raised(
+    ctxalchemy: ModuleType, store: Any, key: Thing, thrown: Any
+) -> None:
     coroutine = ctxalchemy.db_session(key)
     with pytest.raises(BaseException) as caught:  # noqa: PT011 - which one is asserted below
         coroutine.throw(thrown)
@@ -224,7 +230,9 @@ def test_what_is_thrown_first_comes_out(ctxalchemy: ModuleType, store: Any, key:
     assert inspect.getcoroutinestate(coroutine) == inspect.CORO_CLOSED
 
 
-def test_the_context_of_whoever_awaits_counts(ctxalchemy: ModuleType, store: Any, key: Thing, session: Thing) -> None:
+def test_lookup_uses_the_context_of_the_awaiting_code(
+    ctxalchemy: ModuleType, store: Any, key: Thing, session: Thing
+) -> None:
     inside = ctxalchemy.db_session(key)
     assert copy_context().run(run, inside) is session
     outside = ctxalchemy.db_session(key)
@@ -234,14 +242,16 @@ def test_the_context_of_whoever_awaits_counts(ctxalchemy: ModuleType, store: Any
     assert run(coroutine) is session
 
 
-def test_nothing_is_looked_up_before_the_await(ctxalchemy: ModuleType, store: Any, key: Thing) -> None:
+def test_session_is_looked_up_at_the_await_and_not_at_the_call(ctxalchemy: ModuleType, store: Any, key: Thing) -> None:
     coroutine = ctxalchemy.db_session(key)
     later = Thing()
     store.put(key, later)
     assert run(coroutine) is later
 
 
-def test_a_result_that_is_a_tuple_or_an_exception_stays_one(ctxalchemy: ModuleType, store: Any, key: Thing) -> None:
+def test_result_that_is_a_tuple_or_an_exception_is_returned_unchanged(
+    ctxalchemy: ModuleType, store: Any, key: Thing
+) -> None:
     for result in ((1, 2), (), ValueError("a value"), StopIteration(3), StopIteration):
         store.put(key, result)
         assert run(ctxalchemy.db_session(key)) is result
@@ -251,12 +261,12 @@ def test_a_result_that_is_a_tuple_or_an_exception_stays_one(ctxalchemy: ModuleTy
         assert stopped.value.value is result
 
 
-# While it waits
+# While the coroutine waits
 
 
-async def test_it_waits_like_a_coroutine(ctxalchemy: ModuleType) -> None:
+async def test_waiting_coroutine_is_suspended(ctxalchemy: ModuleType) -> None:
     event = asyncio.Event()
-    db = slow(ctxalchemy, event)
+    db = waiting_db(ctxalchemy, event)
     with context(ctxalchemy):
         coroutine = ctxalchemy.db_session(db)
         future = coroutine.send(None)
@@ -273,8 +283,8 @@ async def test_it_waits_like_a_coroutine(ctxalchemy: ModuleType) -> None:
         assert coroutine.cr_await is None
 
 
-async def test_an_error_thrown_while_it_waits_comes_out_and_ends_it(ctxalchemy: ModuleType) -> None:
-    db = slow(ctxalchemy, asyncio.Event())
+async def test_exception_thrown_while_the_coroutine_waits_is_raised_and_ends_it(ctxalchemy: ModuleType) -> None:
+    db = waiting_db(ctxalchemy, asyncio.Event())
     with context(ctxalchemy) as store:
         for thrown in (KeyError("thrown"), GeneratorExit("thrown"), asyncio.CancelledError("thrown")):
             coroutine = ctxalchemy.db_session(db)
@@ -287,30 +297,30 @@ async def test_an_error_thrown_while_it_waits_comes_out_and_ends_it(ctxalchemy: 
         assert store.get(db) is None
 
 
-async def test_it_can_be_closed_while_it_waits(ctxalchemy: ModuleType) -> None:
+async def test_coroutine_can_be_closed_while_it_waits(ctxalchemy: ModuleType) -> None:
     finished: list[bool] = []
     with context(ctxalchemy):
-        coroutine = ctxalchemy.db_session(unending(ctxalchemy, finished))
+        coroutine = ctxalchemy.db_session(never_ready_db(ctxalchemy, finished))
         coroutine.send(None)
         coroutine.close()
     assert finished == [True]
 
 
 @needs_reference_counts
-async def test_it_is_closed_when_it_is_dropped_while_it_waits(ctxalchemy: ModuleType) -> None:
+async def test_waiting_coroutine_is_closed_when_its_last_reference_is_dropped(ctxalchemy: ModuleType) -> None:
     finished: list[bool] = []
     with context(ctxalchemy):
-        coroutine = ctxalchemy.db_session(unending(ctxalchemy, finished))
+        coroutine = ctxalchemy.db_session(never_ready_db(ctxalchemy, finished))
         coroutine.send(None)
         del coroutine
         gc.collect()
     assert finished == [True]
 
 
-async def test_it_cannot_be_run_from_within_itself(ctxalchemy: ModuleType) -> None:
+async def test_running_coroutine_cannot_be_resumed_or_closed_by_its_own_code(ctxalchemy: ModuleType) -> None:
     errors: list[str] = []
 
-    async def handler(_connection: Any) -> None:
+    async def handler(_database: Any) -> None:
         calls: list[Callable[[], Any]] = [
             lambda: coroutine.send(None),
             lambda: coroutine.throw(KeyError),
@@ -330,8 +340,8 @@ async def test_it_cannot_be_run_from_within_itself(ctxalchemy: ModuleType) -> No
         await session.close()
 
 
-async def test_a_cycle_through_one_that_waits_is_collected(ctxalchemy: ModuleType) -> None:
-    db = slow(ctxalchemy, asyncio.Event())
+async def test_reference_cycle_through_a_waiting_coroutine_is_collected(ctxalchemy: ModuleType) -> None:
+    db = waiting_db(ctxalchemy, asyncio.Event())
     with context(ctxalchemy):
         coroutine = ctxalchemy.db_session(db)
         coroutine.send(None)
@@ -343,10 +353,10 @@ async def test_a_cycle_through_one_that_waits_is_collected(ctxalchemy: ModuleTyp
     assert gone() is None
 
 
-# Those who look on
+# Debuggers, tracers and profilers
 
 
-def test_driven_by_hand_each_stop_iteration_is_its_own(
+def test_each_await_driven_by_next_raises_its_own_stop_iteration(
     ctxalchemy: ModuleType, store: Any, key: Thing, session: Thing
 ) -> None:
     kept = []
@@ -365,7 +375,7 @@ def test_driven_by_hand_each_stop_iteration_is_its_own(
     assert run(awaited(ctxalchemy.db_session(key))) is session
 
 
-def test_traces_of_one_await_do_not_pile_up_in_the_next(ctxalchemy: ModuleType, store: Any, key: Thing) -> None:
+def test_tracebacks_do_not_accumulate_over_several_awaits(ctxalchemy: ModuleType, store: Any, key: Thing) -> None:
     def depth() -> int:
         with pytest.raises(StopIteration) as stopped:
             next(ctxalchemy.db_session(key).__await__())
@@ -430,20 +440,20 @@ def _with_profiler(function: Callable[[], Any]) -> None:
         profiler.disable()
 
 
-@pytest.mark.parametrize("watched", [_with_settrace, _with_monitoring, _with_profiler])
-def test_it_works_while_it_is_watched(
-    ctxalchemy: ModuleType, store: Any, key: Thing, session: Thing, watched: Callable[[Callable[[], Any]], None]
+@pytest.mark.parametrize("observer", [_with_settrace, _with_monitoring, _with_profiler])
+def test_await_works_under_a_tracer_a_monitor_and_a_profiler(
+    ctxalchemy: ModuleType, store: Any, key: Thing, session: Thing, observer: Callable[[Callable[[], Any]], None]
 ) -> None:
     async def several() -> list[Any]:
         return [await ctxalchemy.db_session(key) for _ in range(5)]
 
     found: list[Any] = []
-    watched(lambda: found.extend(run(several())))
+    observer(lambda: found.extend(run(several())))
     assert found == [session] * 5
     assert run(several()) == [session] * 5
 
 
-def test_a_generator_can_yield_from_it(ctxalchemy: ModuleType, store: Any, key: Thing, session: Thing) -> None:
+def test_generator_can_yield_from_the_coroutine(ctxalchemy: ModuleType, store: Any, key: Thing, session: Thing) -> None:
     @types.coroutine
     def generator() -> Any:
         return (yield from ctxalchemy.db_session(key))
@@ -451,10 +461,10 @@ def test_a_generator_can_yield_from_it(ctxalchemy: ModuleType, store: Any, key: 
     assert run(awaited(generator())) is session
 
 
-# The memory
+# Memory
 
 
-def test_an_await_keeps_no_session_alive(ctxalchemy: ModuleType, key: Thing) -> None:
+def test_await_keeps_no_reference_to_the_session(ctxalchemy: ModuleType, key: Thing) -> None:
     with context(ctxalchemy) as store:
         session = Thing()
         store.put(key, session)
@@ -469,7 +479,7 @@ def test_an_await_keeps_no_session_alive(ctxalchemy: ModuleType, key: Thing) -> 
 
 
 @needs_reference_counts
-def test_a_context_that_was_left_is_freed_without_the_collector(ctxalchemy: ModuleType, key: Thing) -> None:
+def test_context_that_was_reset_is_freed_without_the_garbage_collector(ctxalchemy: ModuleType, key: Thing) -> None:
     gc.collect()
     gc.disable()
     try:
@@ -483,18 +493,18 @@ def test_a_context_that_was_left_is_freed_without_the_collector(ctxalchemy: Modu
         gc.enable()
 
 
-def test_a_context_that_was_never_left_is_collected(ctxalchemy: ModuleType, key: Thing) -> None:
-    def enter() -> weakref.ref[Any]:
+def test_context_that_was_never_reset_is_collected(ctxalchemy: ModuleType, key: Thing) -> None:
+    def open_one() -> weakref.ref[Any]:
         store = ctxalchemy._backend.open_context()
         store.put(key, store)
         return weakref.ref(store)
 
-    gone = Context().run(enter)
+    gone = Context().run(open_one)
     gc.collect()
     assert gone() is None
 
 
-def test_a_long_chain_of_contexts_that_were_never_left_is_freed(ctxalchemy: ModuleType) -> None:
+def test_long_chain_of_contexts_that_were_never_reset_is_freed(ctxalchemy: ModuleType) -> None:
     def nest() -> None:
         for _ in range(100_000 if ctxalchemy.BACKEND == "native" else 1000):
             ctxalchemy._backend.open_context()
@@ -503,10 +513,10 @@ def test_a_long_chain_of_contexts_that_were_never_left_is_freed(ctxalchemy: Modu
     gc.collect()
 
 
-def test_a_session_that_goes_may_use_its_context(ctxalchemy: ModuleType, key: Thing) -> None:
+def test_finalizer_of_a_session_can_use_the_context_of_the_session(ctxalchemy: ModuleType, key: Thing) -> None:
     gone = []
 
-    class Restless:
+    class UsesContext:
         def __del__(self) -> None:
             gone.append(len(store.items()))
             store.put(key, Thing())
@@ -517,8 +527,8 @@ def test_a_session_that_goes_may_use_its_context(ctxalchemy: ModuleType, key: Th
     store = ctxalchemy._backend.open_context()
     for _ in range(50):
         for db in (key, other, Thing(), Thing()):
-            store.put(db, Restless())
-        store.put(key, Restless())
+            store.put(db, UsesContext())
+        store.put(key, UsesContext())
         store.pop(key)
         store.clear()
         gc.collect()
@@ -527,7 +537,7 @@ def test_a_session_that_goes_may_use_its_context(ctxalchemy: ModuleType, key: Th
     ctxalchemy._backend.reset_context(store)
 
 
-def test_many_at_once_keep_their_connections_apart(ctxalchemy: ModuleType) -> None:
+def test_concurrent_coroutines_return_the_sessions_of_their_own_databases(ctxalchemy: ModuleType) -> None:
     keys = [Thing() for _ in range(100)]
     with context(ctxalchemy) as store:
         for key in keys:
@@ -537,10 +547,10 @@ def test_many_at_once_keep_their_connections_apart(ctxalchemy: ModuleType) -> No
             assert [run(each) for each in coroutines] == [[key] for key in keys]
 
 
-def test_neither_can_be_made_or_derived_behind_its_back(ctxalchemy: ModuleType, key: Thing) -> None:
+def test_coroutine_type_cannot_be_instantiated_subclassed_copied_or_pickled(ctxalchemy: ModuleType, key: Thing) -> None:
     coroutine = ctxalchemy.db_session(key)
     coroutine.close()
-    for make in (
+    for create in (
         lambda: type(coroutine)(),
         lambda: object.__new__(type(coroutine)),
         lambda: type("Derived", (type(coroutine),), {}),
@@ -548,12 +558,14 @@ def test_neither_can_be_made_or_derived_behind_its_back(ctxalchemy: ModuleType, 
         lambda: pickle.dumps(coroutine),
     ):
         with pytest.raises((TypeError, pickle.PicklingError)):
-            make()
+            create()
 
 
-def test_a_value_that_is_no_context_is_none(ctxalchemy: ModuleType, store: Any, key: Thing) -> None:
+def test_value_of_the_variable_that_is_no_context_counts_as_no_context(
+    ctxalchemy: ModuleType, store: Any, key: Thing
+) -> None:
     if ctxalchemy.BACKEND == "python":
-        pytest.skip("Python finds out by itself")
+        pytest.skip("the pure-Python implementation raises AttributeError for such a value")
     variable = store.token.var
     token = variable.set("something else")
     with pytest.raises(ctxalchemy.ContextNotInitiatedError):
@@ -569,9 +581,11 @@ def test_a_value_that_is_no_context_is_none(ctxalchemy: ModuleType, store: Any, 
 # Threads
 
 
-def test_threads_share_a_context(ctxalchemy: ModuleType, store: Any, key: Thing) -> None:
+def test_threads_can_share_a_context(ctxalchemy: ModuleType, store: Any, key: Thing) -> None:
     if ctxalchemy.BACKEND == "python":
-        pytest.skip("threads that share a context may look up in pure Python, and not change it at the same time")
+        pytest.skip(
+            "in pure Python, threads that share a context may look up sessions in it, but not change it concurrently"
+        )
     others = [Thing() for _ in range(5)]
     errors: list[BaseException] = []
 
@@ -597,7 +611,7 @@ def test_threads_share_a_context(ctxalchemy: ModuleType, store: Any, key: Thing)
     assert errors == []
 
 
-def test_of_threads_that_await_the_same_one_only_one_does(ctxalchemy: ModuleType, store: Any, key: Thing) -> None:
+def test_only_one_of_several_threads_runs_the_same_coroutine(ctxalchemy: ModuleType, store: Any, key: Thing) -> None:
     for _ in range(50):
         coroutine = ctxalchemy.db_session(key)
         barrier = threading.Barrier(4)
@@ -619,7 +633,7 @@ def test_of_threads_that_await_the_same_one_only_one_does(ctxalchemy: ModuleType
         assert found.count(StopIteration) == 1
 
 
-# Loops
+# Event loops and tasks
 
 
 async def _eager(ctxalchemy: ModuleType, db: Any) -> Any:
@@ -651,8 +665,8 @@ async def _tasks(ctxalchemy: ModuleType, db: Any) -> Any:
 
 @pytest.mark.parametrize("kind", [_tasks, _eager, _debug])
 @pytest.mark.parametrize("handler", [False, True])
-def test_it_runs_in_tasks_of_every_kind(ctxalchemy: ModuleType, kind: Any, handler: bool) -> None:
-    async def wait(_connection: Any) -> None:
+def test_coroutine_runs_in_eager_tasks_and_in_debug_mode(ctxalchemy: ModuleType, kind: Any, handler: bool) -> None:
+    async def wait(_database: Any) -> None:
         await asyncio.sleep(0)
 
     async def main() -> None:
@@ -665,7 +679,7 @@ def test_it_runs_in_tasks_of_every_kind(ctxalchemy: ModuleType, kind: Any, handl
     asyncio.run(main())
 
 
-def test_it_runs_on_uvloop(ctxalchemy: ModuleType) -> None:
+def test_coroutine_runs_on_uvloop(ctxalchemy: ModuleType) -> None:
     uvloop = pytest.importorskip("uvloop")
 
     async def main() -> None:
@@ -677,9 +691,9 @@ def test_it_runs_on_uvloop(ctxalchemy: ModuleType) -> None:
         runner.run(main())
 
 
-async def test_a_stack_of_a_task_that_waits_can_be_printed(ctxalchemy: ModuleType) -> None:
+async def test_stack_of_a_waiting_task_can_be_printed(ctxalchemy: ModuleType) -> None:
     event = asyncio.Event()
-    db = slow(ctxalchemy, event)
+    db = waiting_db(ctxalchemy, event)
     with context(ctxalchemy):
         task = asyncio.create_task(ctxalchemy.db_session(db))
         await asyncio.sleep(0)
@@ -689,28 +703,28 @@ async def test_a_stack_of_a_task_that_waits_can_be_printed(ctxalchemy: ModuleTyp
         await task
 
 
-# The module
+# The module in its own process
 
 _LEAKS = """
 import gc, os, sys
-import ctxalchemy._backend as core
-assert core.BACKEND == sys.argv[1]
+import ctxalchemy._backend as backend
+assert backend.BACKEND == sys.argv[1]
 
 class Thing:
     pass
 
 async def use(key):
-    store = core.open_context()
+    store = backend.open_context()
     for each in (key, Thing(), Thing()):
         store.put(each, Thing())
-    session = await core.db_session(key)
-    assert session is core.db_session_nowait(key)
-    core.db_session(key).close()
+    session = await backend.db_session(key)
+    assert session is backend.db_session_nowait(key)
+    backend.db_session(key).close()
     assert len(store.items()) == 3
     store.close()
-    core.reset_context(store)
+    backend.reset_context(store)
     try:
-        await core.db_session(key)
+        await backend.db_session(key)
     except RuntimeError:
         pass
 
@@ -733,8 +747,8 @@ assert after - before < 100, (before, after)
 
 @needs_reference_counts
 @pytest.mark.parametrize("backend", ["native", "python"])
-def test_use_leaks_nothing(backend: str) -> None:
-    _in_a_process_of_its_own(backend, _LEAKS)
+def test_contexts_and_lookups_leak_no_memory(backend: str) -> None:
+    _run_in_own_process(backend, _LEAKS)
 
 
 _SUBINTERPRETER = """
@@ -764,11 +778,11 @@ for kind in ({"isolated": True}, {"isolated": False}) if sys.version_info < (3, 
 
 
 @pytest.mark.parametrize("backend", ["native"])
-def test_another_interpreter_is_told_that_it_cannot_import_it(backend: str) -> None:
-    _in_a_process_of_its_own(backend, _SUBINTERPRETER)
+def test_native_module_cannot_be_imported_in_a_subinterpreter(backend: str) -> None:
+    _run_in_own_process(backend, _SUBINTERPRETER)
 
 
-def _in_a_process_of_its_own(backend: str, code: str) -> None:
+def _run_in_own_process(backend: str, code: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         paths = [path for path in sys.path if path]

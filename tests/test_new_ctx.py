@@ -1,4 +1,4 @@
-"""``new_ctx`` for a block and ``run_in_new_ctx`` for a task: contexts that settle themselves."""
+"""``new_ctx`` for a block and ``run_in_new_ctx`` for a task: both complete and close their context."""
 
 from __future__ import annotations
 
@@ -25,11 +25,13 @@ async def run_task(ctxalchemy: ModuleType, work: Callable[[], Awaitable[Any]]) -
     return await ctxalchemy.run_in_new_ctx(work)
 
 
-both = pytest.mark.parametrize("run", [run_block, run_task], ids=["new_ctx", "run_in_new_ctx"])
+both_forms = pytest.mark.parametrize("run", [run_block, run_task], ids=["new_ctx", "run_in_new_ctx"])
 
 
-@both
-async def test_what_returns_is_committed_and_closed(ctxalchemy: ModuleType, schema: Schema, db: Any, run: Any) -> None:
+@both_forms
+async def test_context_is_committed_and_closed_when_the_work_returns(
+    ctxalchemy: ModuleType, schema: Schema, db: Any, run: Any
+) -> None:
     async def work() -> Any:
         session = await ctxalchemy.db_session(db)
         await add_note(session, "committed")
@@ -42,8 +44,10 @@ async def test_what_returns_is_committed_and_closed(ctxalchemy: ModuleType, sche
     assert not ctxalchemy.is_context_initiated()
 
 
-@both
-async def test_what_raises_is_rolled_back_and_closed(ctxalchemy: ModuleType, schema: Schema, db: Any, run: Any) -> None:
+@both_forms
+async def test_context_is_rolled_back_and_closed_when_the_work_raises(
+    ctxalchemy: ModuleType, schema: Schema, db: Any, run: Any
+) -> None:
     error = LookupError("on the way")
 
     async def work() -> None:
@@ -58,8 +62,8 @@ async def test_what_raises_is_rolled_back_and_closed(ctxalchemy: ModuleType, sch
     assert not ctxalchemy.is_context_initiated()
 
 
-@both
-async def test_what_is_cancelled_is_rolled_back_and_closed(
+@both_forms
+async def test_context_is_rolled_back_and_closed_when_the_work_is_cancelled(
     ctxalchemy: ModuleType, schema: Schema, db: Any, run: Any
 ) -> None:
     gate = Gate()
@@ -78,8 +82,8 @@ async def test_what_is_cancelled_is_rolled_back_and_closed(
     assert await schema.settled()
 
 
-@both
-async def test_a_failed_commit_comes_through_and_everything_is_closed(
+@both_forms
+async def test_exception_of_a_failed_commit_is_raised_and_all_sessions_are_closed(
     ctxalchemy: ModuleType, schema: Schema, db: Any, other_db: Any, run: Any
 ) -> None:
     async def work() -> None:
@@ -92,8 +96,8 @@ async def test_a_failed_commit_comes_through_and_everything_is_closed(
     assert await schema.notes() == []
 
 
-@both
-async def test_it_is_independent_of_the_context_around_it(
+@both_forms
+async def test_context_is_independent_of_the_outer_context(
     ctxalchemy: ModuleType, schema: Schema, db: Any, other_db: Any, run: Any
 ) -> None:
     async def work() -> Any:
@@ -112,8 +116,10 @@ async def test_it_is_independent_of_the_context_around_it(
     assert await schema.notes() == ["inner", "outer"]
 
 
-@both
-async def test_what_it_leaves_behind_finds_the_context_closed(ctxalchemy: ModuleType, db: Any, run: Any) -> None:
+@both_forms
+async def test_task_that_outlives_the_context_gets_context_closed_error(
+    ctxalchemy: ModuleType, db: Any, run: Any
+) -> None:
     gate = Gate()
     tasks = []
 
@@ -131,7 +137,7 @@ async def test_what_it_leaves_behind_finds_the_context_closed(ctxalchemy: Module
         await tasks[0]
 
 
-async def test_the_function_gets_its_arguments_and_its_result_is_returned(ctxalchemy: ModuleType) -> None:
+async def test_function_gets_its_arguments_and_its_result_is_returned(ctxalchemy: ModuleType) -> None:
     async def work(*args: int, **kwargs: int) -> object:
         return args, kwargs
 
@@ -139,28 +145,26 @@ async def test_the_function_gets_its_arguments_and_its_result_is_returned(ctxalc
     assert found == ((1, 2), {"callable_func_2": 3, "args": 4})
 
 
-async def test_the_function_runs_in_a_task_of_its_own(ctxalchemy: ModuleType) -> None:
+async def test_function_runs_in_its_own_task(ctxalchemy: ModuleType) -> None:
     async def work() -> Any:
         return asyncio.current_task()
 
     assert await ctxalchemy.run_in_new_ctx(work) is not asyncio.current_task()
 
 
-async def test_a_function_that_is_not_async_is_refused(ctxalchemy: ModuleType) -> None:
+async def test_function_that_is_not_async_is_refused(ctxalchemy: ModuleType) -> None:
     with pytest.raises(TypeError, match="async function"):
         await ctxalchemy.run_in_new_ctx(lambda: 1)
     assert not ctxalchemy.is_context_initiated()
 
 
-async def test_queries_run_concurrently_each_in_a_transaction_of_its_own(
-    ctxalchemy: ModuleType, schema: Schema
-) -> None:
+async def test_queries_run_concurrently_in_separate_transactions(ctxalchemy: ModuleType, schema: Schema) -> None:
     db = schema.db(ctxalchemy, pool_size=2)
-    all_there = asyncio.Barrier(2)
+    all_started = asyncio.Barrier(2)
 
     async def work(name: str, fails: bool) -> None:
         await add_note(await ctxalchemy.db_session(db), name)
-        await all_there.wait()
+        await all_started.wait()
         if fails:
             raise LookupError(name)
 
@@ -176,7 +180,7 @@ async def test_queries_run_concurrently_each_in_a_transaction_of_its_own(
     await db.close()
 
 
-async def test_a_block_may_be_left_early_and_is_committed(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
+async def test_block_that_is_exited_by_continue_is_committed(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
     for name in ("first", "second"):
         async with ctxalchemy.new_ctx():
             await add_note(await ctxalchemy.db_session(db), name)
@@ -185,7 +189,7 @@ async def test_a_block_may_be_left_early_and_is_committed(ctxalchemy: ModuleType
     assert await schema.notes() == ["first", "second"]
 
 
-async def test_a_block_may_be_part_of_another_context_manager(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
+async def test_block_can_be_part_of_another_context_manager(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
     @asynccontextmanager
     async def job(name: str) -> AsyncIterator[Any]:
         async with ctxalchemy.new_ctx():

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 
-async def test_a_session_is_closed_at_the_end_and_what_was_not_committed_is_undone(
+async def test_session_is_closed_and_uncommitted_work_is_rolled_back_at_the_end(
     ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     async with ctxalchemy.new_non_ctx_session(db) as session:
@@ -29,7 +29,7 @@ async def test_a_session_is_closed_at_the_end_and_what_was_not_committed_is_undo
         await session.execute(text("SELECT 1"))
 
 
-async def test_an_atomic_session_is_committed_at_the_end(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
+async def test_atomic_session_is_committed_at_the_end(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
     async with ctxalchemy.new_non_ctx_atomic_session(db) as session:
         assert session.in_transaction()
         await add_note(session, "committed")
@@ -38,7 +38,7 @@ async def test_an_atomic_session_is_committed_at_the_end(ctxalchemy: ModuleType,
 
 
 @pytest.mark.parametrize("name", ["new_non_ctx_session", "new_non_ctx_atomic_session"])
-async def test_an_error_undoes_it_and_comes_through(ctxalchemy: ModuleType, schema: Schema, db: Any, name: str) -> None:
+async def test_exception_rolls_back_and_is_raised(ctxalchemy: ModuleType, schema: Schema, db: Any, name: str) -> None:
     with pytest.raises(LookupError, match="early"):
         async with getattr(ctxalchemy, name)(db) as session:
             await add_note_and_fail(session, "undone", LookupError("early"))
@@ -47,7 +47,7 @@ async def test_an_error_undoes_it_and_comes_through(ctxalchemy: ModuleType, sche
 
 
 @pytest.mark.parametrize("name", ["new_non_ctx_session", "new_non_ctx_atomic_session"])
-async def test_a_cancellation_undoes_it(ctxalchemy: ModuleType, schema: Schema, db: Any, name: str) -> None:
+async def test_cancellation_rolls_back(ctxalchemy: ModuleType, schema: Schema, db: Any, name: str) -> None:
     gate = Gate()
 
     async def work() -> None:
@@ -65,7 +65,7 @@ async def test_a_cancellation_undoes_it(ctxalchemy: ModuleType, schema: Schema, 
     assert await schema.settled()
 
 
-async def test_a_failed_commit_comes_through(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
+async def test_exception_of_a_failed_commit_is_raised(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
     with pytest.raises(DBAPIError):
         async with ctxalchemy.new_non_ctx_atomic_session(db) as session:
             await break_commit(session)
@@ -74,7 +74,7 @@ async def test_a_failed_commit_comes_through(ctxalchemy: ModuleType, schema: Sch
 
 
 @pytest.mark.parametrize("name", ["new_non_ctx_session", "new_non_ctx_atomic_session"])
-async def test_the_context_knows_nothing_of_them(
+async def test_session_is_not_in_the_current_context(
     ctxalchemy: ModuleType, schema: Schema, db: Any, other_db: Any, name: str
 ) -> None:
     async with ctxalchemy.new_ctx():

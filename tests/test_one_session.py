@@ -1,4 +1,4 @@
-"""``commit_db_session``, ``rollback_db_session`` and ``close_db_session``: one session, before its context ends."""
+"""``commit_db_session``, ``rollback_db_session`` and ``close_db_session``: one session of an open context."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 NAMES = ("commit_db_session", "rollback_db_session", "close_db_session")
 
 
-async def test_commit_makes_it_durable_and_returns_the_connection(
+async def test_commit_db_session_commits_and_checks_the_connection_in(
     ctxalchemy: ModuleType, schema: Schema, db: Any, other_db: Any
 ) -> None:
     async with ctxalchemy.new_ctx():
@@ -29,7 +29,7 @@ async def test_commit_makes_it_durable_and_returns_the_connection(
         assert await ctxalchemy.db_session(db) is session
 
 
-async def test_rollback_undoes_it_and_returns_the_connection(
+async def test_rollback_db_session_rolls_back_and_checks_the_connection_in(
     ctxalchemy: ModuleType, schema: Schema, db: Any, other_db: Any
 ) -> None:
     async with ctxalchemy.new_ctx():
@@ -42,7 +42,7 @@ async def test_rollback_undoes_it_and_returns_the_connection(
     assert await schema.notes() == ["kept"]
 
 
-async def test_close_undoes_it_and_the_next_use_makes_another_session(
+async def test_close_db_session_rolls_back_and_the_next_call_creates_another_session(
     ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     async with ctxalchemy.new_ctx():
@@ -59,10 +59,10 @@ async def test_close_undoes_it_and_the_next_use_makes_another_session(
     assert await schema.notes() == ["kept"]
 
 
-async def test_a_listener_that_restarts_savepoints_does_not_fail_at_the_close(
+async def test_listener_that_restarts_savepoints_does_not_make_the_close_fail(
     ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
-    """The recipe of many test suites; it tries to begin in a session that is just being closed for good."""
+    """A common recipe of test suites: it tries to begin a savepoint in a session that is being closed permanently."""
 
     def restart(session: Any, transaction: Any) -> None:
         if transaction.nested and not transaction.parent.nested:
@@ -82,30 +82,30 @@ async def test_a_listener_that_restarts_savepoints_does_not_fail_at_the_close(
     assert len(set(processes)) == 1
 
 
-async def test_a_listener_that_queries_after_a_rollback_does_not_fail_at_the_close(
+async def test_listener_that_queries_after_a_rollback_does_not_make_the_close_fail(
     ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
-    """As the documentation of SQLAlchemy does it."""
+    """The documentation of SQLAlchemy contains this recipe."""
 
     def query(session: Any, _previous: Any) -> None:
         if session.is_active:
-            answers.append(session.execute(text("SELECT 1")).scalar())
+            results.append(session.execute(text("SELECT 1")).scalar())
 
-    answers: list[int] = []
+    results: list[int] = []
     async with ctxalchemy.new_ctx():
         session = await ctxalchemy.db_session(db)
         event.listen(session.sync_session, "after_soft_rollback", query)
         await add_note(session, "undone")
         await ctxalchemy.rollback_db_session(db)
-        assert answers == [1]
+        assert results == [1]
         await add_note(session, "undone")
         await ctxalchemy.close_db_session(db)
         assert await checked_out(db) == 0
-    assert answers == [1]
+    assert results == [1]
     assert await schema.notes() == []
 
 
-async def test_a_failed_commit_comes_through_and_the_session_can_be_used_after_a_rollback(
+async def test_session_can_be_used_again_after_a_failed_commit_and_a_rollback(
     ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     async with ctxalchemy.new_ctx():
@@ -120,7 +120,7 @@ async def test_a_failed_commit_comes_through_and_the_session_can_be_used_after_a
 
 
 @pytest.mark.parametrize("name", NAMES)
-async def test_without_an_open_transaction_nothing_happens(
+async def test_nothing_happens_without_an_open_transaction(
     ctxalchemy: ModuleType, schema: Schema, db: Any, name: str
 ) -> None:
     async with ctxalchemy.new_ctx():
@@ -132,7 +132,9 @@ async def test_without_an_open_transaction_nothing_happens(
 
 
 @pytest.mark.parametrize("name", NAMES)
-async def test_without_a_context_that_is_said(ctxalchemy: ModuleType, db: Any, name: str) -> None:
+async def test_commit_and_rollback_need_a_context_and_close_does_not(
+    ctxalchemy: ModuleType, db: Any, name: str
+) -> None:
     if name == "close_db_session":
         await ctxalchemy.close_db_session(db)
         return

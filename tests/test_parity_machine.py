@@ -1,4 +1,4 @@
-"""Both backends do the same, whatever is done: the same random operations on each, and every result compared."""
+"""Both backends return the same results: each runs the same random operations, and every result is compared."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from hypothesis.stateful import (
 )
 
 Operation = Callable[["Side"], Any]
-CONNECTIONS = st.integers(0, 3)
-PUT_IN = st.integers(0, 5)
+DATABASES = st.integers(0, 3)
+SESSIONS = st.integers(0, 5)
 
 
 class Session:
-    """What a test puts into a context."""
+    """Stands for a session in a context."""
 
     async def close(self) -> None:
-        """As a session's, with nothing to close."""
+        """Close nothing."""
 
 
 class Side:
-    """One backend, and what the operations made there; both sides count in the same order."""
+    """One backend, and the objects that the operations created with it.  Both sides number them in the same order."""
 
     def __init__(self, package: Any, loop: asyncio.AbstractEventLoop) -> None:
         self.package = package
-        self.core = package._backend
+        self.backend = package._backend
         self._loop = loop
         self.contexts = [Context()]
         self.stores: list[Any] = []
@@ -50,11 +50,11 @@ class Side:
             package.DBConnect.from_url("sqlite+aiosqlite://", before_create_session_handler=handler),
         ]
 
-    async def _prepare(self, _connection: Any) -> None:
+    async def _prepare(self, _database: Any) -> None:
         await asyncio.sleep(0)
 
     def outcome(self, context: int, operation: Operation) -> object:
-        """What comes of the operation in a task that runs in this context, in words that hold for both sides."""
+        """Run the operation in a task with this context, and describe its result in a form that both sides share."""
 
         async def run() -> object:
             result = operation(self)
@@ -71,12 +71,12 @@ class Side:
             return [self.described(each) for each in value]
         if isinstance(value, (bool, int, str, type(None))):
             return value
-        for name in ("connections", "stores", "tokens", "sessions"):
+        for name in ("databases", "stores", "tokens", "sessions"):
             known = getattr(self, name)
             for index, each in enumerate(known):
                 if each is value:
                     return name, index
-        if isinstance(value, self.core.SessionStore):
+        if isinstance(value, self.backend.SessionStore):
             self.stores.append(value)
         elif isinstance(value, Token):
             self.tokens.append(value)
@@ -85,8 +85,8 @@ class Side:
         return "new", type(value).__name__
 
     def everything(self) -> object:
-        """Every context, and every store, as they can be seen."""
-        current = [self.described(each.run(self.core.current_context)) for each in self.contexts]
+        """Describe every context variable and every ``SessionStore``."""
+        current = [self.described(each.run(self.backend.current_context)) for each in self.contexts]
         initiated = [each.run(self.package.is_context_initiated) for each in self.contexts]
         stores = [
             (
@@ -123,7 +123,7 @@ class Machine(RuleBasedStateMachine):
         return native
 
     @invariant()
-    def all_is_the_same(self) -> None:
+    def both_sides_are_equal(self) -> None:
         assert self._native.everything() == self._python.everything()
 
     @initialize(target=contexts)
@@ -131,14 +131,14 @@ class Machine(RuleBasedStateMachine):
         return 0
 
     @rule(target=contexts, parent=st.none() | contexts)
-    def start_a_task(self, parent: int | None) -> int:
+    def copy_context(self, parent: int | None) -> int:
         for side in (self._native, self._python):
             side.contexts.append(Context() if parent is None else side.contexts[parent].copy())
         return len(self._native.contexts) - 1
 
     @rule(target=stores, context=contexts, manual=st.booleans())
-    def enter(self, context: int, manual: bool) -> int:
-        self.both(context, lambda side: side.core.open_context(manual))
+    def open_a_context(self, context: int, manual: bool) -> int:
+        self.both(context, lambda side: side.backend.open_context(manual))
         return len(self._native.stores) - 1
 
     @rule(target=tokens, context=contexts, force=st.booleans())
@@ -149,26 +149,26 @@ class Machine(RuleBasedStateMachine):
 
     @rule(target=stores, context=contexts)
     def current(self, context: int) -> Any:
-        found = self.both(context, lambda side: side.core.current_context())
+        found = self.both(context, lambda side: side.backend.current_context())
         return found[1] if isinstance(found, tuple) and found[0] == "stores" else multiple()
 
     @rule(context=contexts, store=stores)
-    def leave(self, context: int, store: int) -> None:
-        self.both(context, lambda side: side.core.reset_context(side.stores[store]))
+    def reset_a_context(self, context: int, store: int) -> None:
+        self.both(context, lambda side: side.backend.reset_context(side.stores[store]))
 
     @rule(context=contexts, token=tokens, with_close=st.booleans())
     def reset(self, context: int, token: int, with_close: bool) -> None:
         self.both(context, lambda side: side.package.reset_db_session_ctx(side.tokens[token], with_close))
 
-    @rule(context=contexts, db=CONNECTIONS)
+    @rule(context=contexts, db=DATABASES)
     def db_session(self, context: int, db: int) -> None:
         self.both(context, lambda side: side.package.db_session(side.databases[db]))
 
-    @rule(context=contexts, db=CONNECTIONS)
+    @rule(context=contexts, db=DATABASES)
     def db_session_nowait(self, context: int, db: int) -> None:
         self.both(context, lambda side: side.package.db_session_nowait(side.databases[db]))
 
-    @rule(context=contexts, db=CONNECTIONS, session=PUT_IN)
+    @rule(context=contexts, db=DATABASES, session=SESSIONS)
     def put(self, context: int, db: int, session: int) -> None:
         self.both(
             context,
@@ -177,10 +177,10 @@ class Machine(RuleBasedStateMachine):
 
     @rule(
         context=contexts,
-        db=CONNECTIONS,
+        db=DATABASES,
         name=st.sampled_from(["get_db_session_from_context", "pop_db_session_from_context", "close_db_session"]),
     )
-    def of_one(self, context: int, db: int, name: str) -> None:
+    def one_session(self, context: int, db: int, name: str) -> None:
         self.both(context, lambda side: getattr(side.package, name)(side.databases[db]))
 
     @rule(context=contexts)
@@ -188,15 +188,15 @@ class Machine(RuleBasedStateMachine):
         self.both(context, lambda side: side.package.close_all_sessions())
 
     @rule(store=stores, name=st.sampled_from(["close", "clear", "items"]))
-    def of_a_store(self, store: int, name: str) -> None:
+    def store_operation(self, store: int, name: str) -> None:
         self.both(0, lambda side: getattr(side.stores[store], name)())
 
-    @rule(store=stores, db=CONNECTIONS, session=PUT_IN)
-    def put_in_a_store(self, store: int, db: int, session: int) -> None:
+    @rule(store=stores, db=DATABASES, session=SESSIONS)
+    def put_into_store(self, store: int, db: int, session: int) -> None:
         self.both(0, lambda side: side.stores[store].put(side.databases[db], side.sessions[session]))
 
-    @rule(store=stores, db=CONNECTIONS, name=st.sampled_from(["get", "pop"]))
-    def of_one_in_a_store(self, store: int, db: int, name: str) -> None:
+    @rule(store=stores, db=DATABASES, name=st.sampled_from(["get", "pop"]))
+    def one_session_of_store(self, store: int, db: int, name: str) -> None:
         self.both(0, lambda side: getattr(side.stores[store], name)(side.databases[db]))
 
     @rule(
@@ -211,7 +211,7 @@ class Machine(RuleBasedStateMachine):
             self.both(context, lambda side: getattr(side.package, function)(wrong))
 
 
-def test_the_same_random_operations_have_the_same_results(packages: dict[str, dict[str, ModuleType]]) -> None:
+def test_same_random_operations_have_the_same_results(packages: dict[str, dict[str, ModuleType]]) -> None:
     class Both(Machine):
         pass
 

@@ -1,4 +1,4 @@
-"""The two backends' objects look and behave the same to whoever inspects, copies, pickles or keeps them."""
+"""The objects of both backends are the same for code that inspects, copies, pickles or references them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ METHODS = ("get", "put", "pop", "items", "clear", "close", "__init__", "__len__"
 
 
 def described(value: object) -> object:
-    """A result in words that hold for both backends."""
+    """Describe a result in a form that both backends share."""
     if isinstance(value, BaseException):
         return type(value).__name__, re.sub(r"ctxalchemy\._(native|pure)\.|0x[0-9a-f]+", "", str(value))
     if isinstance(value, (bool, int, str, type(None), tuple, list, set)):
@@ -39,32 +39,32 @@ def described(value: object) -> object:
     return type(value).__name__
 
 
-def same(packages: Packages, look: Callable[[Any], object]) -> object:
-    """What this finds with the backend's module, which has to be the same for both."""
+def same(packages: Packages, observe: Callable[[Any], object]) -> object:
+    """Call ``observe`` with the module of each backend, check that both results are equal, and return the result."""
     found = []
     for modules in packages.values():
         try:
-            found.append(described(look(modules["ctxalchemy"]._backend)))
+            found.append(described(observe(modules["ctxalchemy"]._backend)))
         except Exception as error:
             found.append(described(error))
     assert found[0] == found[1]
     return found[0]
 
 
-def of_a_coroutine(look: Callable[[Any], object]) -> Callable[[Any], object]:
-    """Look at what ``db_session`` returns, which is then closed."""
+def with_coroutine(observe: Callable[[Any], object]) -> Callable[[Any], object]:
+    """Call ``observe`` with the coroutine that ``db_session`` returns, then close the coroutine."""
 
-    def close_after(core: Any) -> object:
-        coroutine = core.db_session(None)
+    def close_after(backend: Any) -> object:
+        coroutine = backend.db_session(None)
         try:
-            return look(coroutine)
+            return observe(coroutine)
         finally:
             coroutine.close()
 
     return close_after
 
 
-def test_the_public_names_are_defined_in_the_same_modules(packages: Packages) -> None:
+def test_public_classes_are_defined_in_the_same_modules(packages: Packages) -> None:
     def seen(package: Any) -> list[tuple[object, ...]]:
         return [
             (
@@ -82,7 +82,7 @@ def test_the_public_names_are_defined_in_the_same_modules(packages: Packages) ->
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize(
-    "look",
+    "observe",
     [
         lambda f: str(inspect.signature(f)),
         lambda f: (
@@ -109,21 +109,21 @@ def test_the_public_names_are_defined_in_the_same_modules(packages: Packages) ->
         lambda f: sorted(dir(f)),
     ],
 )
-def test_functions(packages: Packages, name: str, look: Callable[[Any], object]) -> None:
-    same(packages, lambda core: look(getattr(core, name)))
+def test_functions_are_the_same(packages: Packages, name: str, observe: Callable[[Any], object]) -> None:
+    same(packages, lambda backend: observe(getattr(backend, name)))
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_methods_of_the_store(packages: Packages, name: str) -> None:
-    def look(core: Any) -> object:
-        method = getattr(core.SessionStore, name)
+def test_methods_of_the_session_store_are_the_same(packages: Packages, name: str) -> None:
+    def observe(backend: Any) -> object:
+        method = getattr(backend.SessionStore, name)
         return str(inspect.signature(method)), method.__qualname__, method.__name__, method.__doc__
 
-    same(packages, look)
+    same(packages, observe)
 
 
 @pytest.mark.parametrize(
-    "look",
+    "observe",
     [
         lambda store: str(inspect.signature(store)),
         lambda store: (store.__doc__, store.__module__, store.__name__, store.__qualname__, repr(store)),
@@ -148,19 +148,19 @@ def test_methods_of_the_store(packages: Packages, name: str) -> None:
         lambda store: [store().get(1), store().pop(1), store().items(), store().clear(), store().close()],
     ],
 )
-def test_the_store(packages: Packages, look: Callable[[Any], object]) -> None:
-    same(packages, lambda core: look(core.SessionStore))
+def test_session_stores_are_the_same(packages: Packages, observe: Callable[[Any], object]) -> None:
+    same(packages, lambda backend: observe(backend.SessionStore))
 
 
 @pytest.mark.parametrize("name", ["manual", "closed", "token", "another"])
-def test_the_attributes_of_the_store_cannot_be_set(packages: Packages, name: str) -> None:
+def test_attributes_of_the_session_store_cannot_be_set(packages: Packages, name: str) -> None:
     for modules in packages.values():
         with pytest.raises(AttributeError):
             setattr(modules["ctxalchemy"]._backend.SessionStore(), name, 1)
 
 
 @pytest.mark.parametrize(
-    "look",
+    "observe",
     [
         lambda c: [isinstance(c, each) for each in (collections.abc.Coroutine, collections.abc.Awaitable)],
         lambda c: (inspect.isawaitable(c), inspect.iscoroutine(c), asyncio.iscoroutine(c), inspect.isgenerator(c)),
@@ -187,15 +187,15 @@ def test_the_attributes_of_the_store_cannot_be_set(packages: Packages, name: str
         lambda c: sorted(name for name in dir(c)),
     ],
 )
-def test_what_db_session_returns(packages: Packages, look: Callable[[Any], object]) -> None:
-    """One thing differs: the native one is its own ``__await__()``, and so can be iterated over like that."""
-    same(packages, of_a_coroutine(look))
+def test_coroutines_of_db_session_are_the_same(packages: Packages, observe: Callable[[Any], object]) -> None:
+    """One difference is not compared: the native coroutine is its own ``__await__()``, and so is an iterator."""
+    same(packages, with_coroutine(observe))
 
 
-def test_leaving_something_else(packages: Packages) -> None:
-    for look in (
-        lambda core: core.reset_context(core.SessionStore()),
-        lambda core: core.reset_context(None),
-        lambda core: core.reset_context("something else"),
+def test_reset_of_anything_but_the_current_context_raises_the_same_error(packages: Packages) -> None:
+    for observe in (
+        lambda backend: backend.reset_context(backend.SessionStore()),
+        lambda backend: backend.reset_context(None),
+        lambda backend: backend.reset_context("something else"),
     ):
-        same(packages, look)
+        same(packages, observe)

@@ -1,4 +1,4 @@
-"""What is public, and how it is called: parameter names are part of the contract."""
+"""The public names and their signatures.  The names of parameters are part of the API."""
 
 from __future__ import annotations
 
@@ -96,42 +96,44 @@ def without_annotations(function: Any) -> str:
 
 
 @pytest.mark.parametrize("module", SIGNATURES)
-def test_the_public_names_are_these(ctxalchemy: ModuleType, module: str) -> None:
+def test_public_names_are_as_listed(ctxalchemy: ModuleType, module: str) -> None:
     assert set(import_module(module).__all__) == names_of(module)
 
 
 @pytest.mark.parametrize("module", SIGNATURES)
-def test_every_public_name_is_there_to_import(ctxalchemy: ModuleType, module: str) -> None:
+def test_every_public_name_can_be_imported(ctxalchemy: ModuleType, module: str) -> None:
     assert {name for name in names_of(module) if not hasattr(import_module(module), name)} == set()
 
 
 @pytest.mark.parametrize("module", SIGNATURES)
-def test_the_signatures_are_these(ctxalchemy: ModuleType, module: str) -> None:
+def test_signatures_are_as_listed(ctxalchemy: ModuleType, module: str) -> None:
     found = {name: without_annotations(attrgetter(name)(import_module(module))) for name in SIGNATURES[module]}
     assert found == SIGNATURES[module]
 
 
-def test_the_errors_have_these_bases(ctxalchemy: ModuleType) -> None:
+def test_errors_have_the_listed_bases(ctxalchemy: ModuleType) -> None:
     assert {name: getattr(ctxalchemy, name).__base__.__name__ for name in ERRORS} == ERRORS
 
 
 @pytest.mark.parametrize("name", COROUTINE_FUNCTIONS)
-def test_what_is_awaited_is_a_coroutine_function(ctxalchemy: ModuleType, name: str) -> None:
+def test_every_function_that_is_awaited_is_a_coroutine_function(ctxalchemy: ModuleType, name: str) -> None:
     assert inspect.iscoroutinefunction(attrgetter(name)(ctxalchemy))
 
 
 @pytest.mark.parametrize("name", sorted(names_of("ctxalchemy") - {"BACKEND", "BeforeCommitCallback"}))
-def test_every_name_says_that_it_is_of_the_package_and_what_it_is(ctxalchemy: ModuleType, name: str) -> None:
+def test_every_public_object_names_the_package_as_its_module_and_has_a_docstring(
+    ctxalchemy: ModuleType, name: str
+) -> None:
     public = getattr(ctxalchemy, name)
     assert (public.__module__, public.__name__, public.__qualname__) == ("ctxalchemy", name, name)
     assert public.__doc__
 
 
-def test_the_frameworks_names_are_the_one_middleware(ctxalchemy: ModuleType) -> None:
+def test_starlette_middleware_is_the_asgi_middleware(ctxalchemy: ModuleType) -> None:
     assert ctxalchemy.starlette.StarletteHTTPDBSessionMiddleware is ctxalchemy.ASGIHTTPDBSessionMiddleware
 
 
-async def test_the_functions_take_their_parameters_by_name(ctxalchemy: ModuleType) -> None:
+async def test_functions_accept_their_arguments_by_name(ctxalchemy: ModuleType) -> None:
     db = ctxalchemy.DBConnect.from_url(url="sqlite+aiosqlite://")
     token = ctxalchemy.init_db_session_ctx(force=True)
     session = await ctxalchemy.db_session(connect=db)

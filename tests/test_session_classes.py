@@ -1,4 +1,4 @@
-"""Sessions of other kinds: what a subclass overrides is called, and a test double needs only public methods."""
+"""Subclasses and test doubles: overridden methods are called, and a test double needs only public methods."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def journal(db: Any) -> Journal:
-    """What was called of the overridden methods of the connection's sessions."""
+    """The calls of the overridden methods of the sessions of ``db``."""
     journal: Journal = []
     db.session_maker_creator = maker_creator(class_=OverriddenSession, info={"journal": journal})
     return journal
@@ -26,25 +26,25 @@ def methods(journal: Journal) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("settle", "called"),
+    ("complete", "called"),
     [
         ("commit_all_sessions", ["commit", "close"]),
         ("rollback_all_sessions", ["rollback", "close"]),
         ("close_all_sessions", ["rollback", "close"]),
     ],
 )
-async def test_overridden_methods_are_called_for_all_sessions(
-    ctxalchemy: ModuleType, db: Any, journal: Journal, settle: str, called: list[str]
+async def test_overridden_methods_are_called_when_all_sessions_are_completed(
+    ctxalchemy: ModuleType, db: Any, journal: Journal, complete: str, called: list[str]
 ) -> None:
     async with ctxalchemy.new_ctx():
         await add_note(await ctxalchemy.db_session(db), "any")
-        await getattr(ctxalchemy, settle)()
+        await getattr(ctxalchemy, complete)()
     assert methods(journal) == called
     assert await checked_out(db) == 0
 
 
 @pytest.mark.parametrize("method", ["commit", "rollback", "close"])
-async def test_overridden_methods_are_called_for_one_session(
+async def test_overridden_methods_are_called_when_one_session_is_completed(
     ctxalchemy: ModuleType, db: Any, journal: Journal, method: str
 ) -> None:
     async with ctxalchemy.new_ctx():
@@ -54,7 +54,7 @@ async def test_overridden_methods_are_called_for_one_session(
         assert await checked_out(db) == 0
 
 
-async def test_overridden_methods_are_called_by_the_atomic_block(
+async def test_overridden_methods_are_called_by_an_atomic_block(
     ctxalchemy: ModuleType, schema: Schema, db: Any, journal: Journal
 ) -> None:
     async with ctxalchemy.new_ctx():
@@ -89,7 +89,9 @@ async def test_overridden_methods_are_called_for_sessions_outside_contexts(
     assert methods(journal) == ["commit", "close"]
 
 
-async def test_a_double_is_committed_and_closed_like_a_session(ctxalchemy: ModuleType, db: Any, other_db: Any) -> None:
+async def test_doubles_are_flushed_committed_and_closed_like_sessions(
+    ctxalchemy: ModuleType, db: Any, other_db: Any
+) -> None:
     journal: Journal = []
     async with ctxalchemy.new_ctx():
         for name, each in (("first", db), ("second", other_db)):
@@ -99,7 +101,7 @@ async def test_a_double_is_committed_and_closed_like_a_session(ctxalchemy: Modul
     assert journal == [(step, name) for step in steps for name in ("first", "second")]
 
 
-async def test_a_double_is_rolled_back_and_closed_like_a_session(ctxalchemy: ModuleType, db: Any) -> None:
+async def test_double_is_rolled_back_and_closed_like_a_session(ctxalchemy: ModuleType, db: Any) -> None:
     journal: Journal = []
 
     async def endpoint() -> Answer:
@@ -110,7 +112,7 @@ async def test_a_double_is_rolled_back_and_closed_like_a_session(ctxalchemy: Mod
     assert methods(journal) == ["rollback", "close"]
 
 
-async def test_a_double_serves_an_atomic_block(ctxalchemy: ModuleType, db: Any) -> None:
+async def test_double_can_be_used_in_an_atomic_block(ctxalchemy: ModuleType, db: Any) -> None:
     journal: Journal = []
     async with ctxalchemy.new_ctx():
         ctxalchemy.put_db_session_to_context(db, SessionDouble(journal))
@@ -123,7 +125,9 @@ async def test_a_double_serves_an_atomic_block(ctxalchemy: ModuleType, db: Any) 
 
 
 @pytest.mark.parametrize("method", ["commit", "rollback", "close"])
-async def test_one_double_is_settled_like_a_session(ctxalchemy: ModuleType, db: Any, method: str) -> None:
+async def test_double_is_completed_by_the_functions_for_one_session(
+    ctxalchemy: ModuleType, db: Any, method: str
+) -> None:
     journal: Journal = []
     async with ctxalchemy.new_ctx():
         ctxalchemy.put_db_session_to_context(db, SessionDouble(journal))

@@ -1,7 +1,7 @@
-"""What the package relies on in SQLAlchemy, the drivers and asyncio without their having promised it.
+"""Canary tests for behaviour of SQLAlchemy, the drivers and asyncio that is not documented, and that the package uses.
 
-One test for each, with real objects.  Where one fails, a new version has changed what the name means: its message
-says which code uses it, and for what.
+Each test checks one name with real objects.  If a test fails, a new version has changed what the name means: the
+assertion message names the code that uses the name, and its purpose.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ each_driver = pytest.mark.parametrize("driver", [pytest.param("asyncpg", marks=n
 
 @asynccontextmanager
 async def engine_to(schema: Schema, driver: str, **options: Any) -> AsyncIterator[AsyncEngine]:
-    """An engine over this driver, with a pool of one."""
+    """Create an engine with this driver and a pool of one, and dispose of it at the end."""
     url = make_url(schema.url).set(drivername=f"postgresql+{driver}")
     connect_args = Schema(url.render_as_string(), schema.name, schema.observer).connect_args()
     engine = create_async_engine(url, pool_size=1, max_overflow=0, connect_args=connect_args, **options)
@@ -48,7 +48,7 @@ async def engine(schema: Schema) -> AsyncIterator[AsyncEngine]:
         yield engine
 
 
-async def test_a_session_has_its_pending_objects_in_new(engine: AsyncEngine) -> None:
+async def test_new_contains_the_pending_objects_of_a_session(engine: AsyncEngine) -> None:
     """``Session._new``."""
     async with AsyncSession(engine) as session:
         sync_session = session.sync_session
@@ -59,33 +59,33 @@ async def test_a_session_has_its_pending_objects_in_new(engine: AsyncEngine) -> 
         assert not sync_session._new
 
 
-async def test_a_session_whose_close_state_is_closed_never_begins_again(engine: AsyncEngine) -> None:
+async def test_session_whose_close_state_is_closed_begins_no_new_transaction(engine: AsyncEngine) -> None:
     """``Session._close_state`` and ``_SessionCloseState.CLOSED``."""
     from sqlalchemy.orm.session import _SessionCloseState
 
-    why = "internals.close_permanently sets it"
+    why = "internals.close_permanently sets this value"
     session = AsyncSession(engine)
     await session.execute(text("SELECT 1"))
     session.sync_session._close_state = _SessionCloseState.CLOSED
-    # What is open goes on, and can be ended.
+    # The open transaction can still be used, rolled back and closed.
     await session.execute(text("SELECT 1"))
     await session.rollback()
     await session.close()
     with pytest.raises(InvalidRequestError, match="permanently closed"):
         await session.execute(text("SELECT 1"))
-    # The same as SQLAlchemy's own way to it.
+    # SQLAlchemy sets the same value for sessions that can be closed only once.
     closed = Session(close_resets_only=False)
     closed.close()
     assert closed._close_state is _SessionCloseState.CLOSED, why
 
 
-async def test_a_transaction_knows_its_connections_and_whose_they_are(engine: AsyncEngine) -> None:
+async def test_transaction_lists_its_connections_and_whether_the_session_checked_them_out(engine: AsyncEngine) -> None:
     """``SessionTransaction._connections``."""
-    why = "internals.own_connections reads the connections from it"
+    why = "internals.own_connections reads the connections of a session from this dictionary"
 
     async def assert_one(session: AsyncSession, own: bool) -> None:
         connection = await session.connection()
-        # The transaction around a savepoint has the connection, too.
+        # The outer transaction of a savepoint contains the connection too.
         await session.begin_nested()
         transaction: Any = session.sync_session.get_transaction()
         entries = set(transaction._connections.values())
@@ -98,12 +98,12 @@ async def test_a_transaction_knows_its_connections_and_whose_they_are(engine: As
         await assert_one(session, own=False)
 
 
-async def test_what_another_task_is_in_the_way_of_has_a_code_of_its_own(engine: AsyncEngine) -> None:
-    """``InvalidRequestError.code`` is ``isce`` where another task is getting a connection for the session."""
+async def test_error_for_concurrent_use_of_a_session_has_its_own_code(engine: AsyncEngine) -> None:
+    """``InvalidRequestError.code`` is ``isce`` if another task is checking out a connection for the session."""
     why = "internals.is_concurrent_use checks this code"
     session = AsyncSession(engine)
     async with engine.connect():
-        # The pool is empty, and this one waits for it.
+        # The only connection is checked out, and this task waits for it.
         waiting = asyncio.create_task(session.execute(text("SELECT 1")))
         await asyncio.sleep(0.05)
         for method in (session.commit, session.rollback, session.close):
@@ -115,9 +115,9 @@ async def test_what_another_task_is_in_the_way_of_has_a_code_of_its_own(engine: 
     await session.close()
 
 
-async def test_record_info_lasts_as_long_as_the_pool_entry(engine: AsyncEngine) -> None:
+async def test_record_info_exists_as_long_as_the_pool_entry(engine: AsyncEngine) -> None:
     """``PoolProxiedConnection.record_info`` is the ``record_info`` of the pool entry, and empty when detached."""
-    why = "guard keeps the state of a connection in it"
+    why = "guard stores the state of a connection in record_info"
     invalidated: list[Any] = []
 
     def on_connect(_dbapi_connection: object, pool_entry: ConnectionPoolEntry) -> None:
@@ -147,7 +147,7 @@ async def test_record_info_lasts_as_long_as_the_pool_entry(engine: AsyncEngine) 
 
 
 @needs_asyncpg
-async def test_the_adapter_of_asyncpg_is_locked_for_as_long_as_a_statement_takes(schema: Schema) -> None:
+async def test_adapter_of_asyncpg_is_locked_while_a_statement_is_executed(schema: Schema) -> None:
     """``_execute_mutex``, from before the BEGIN to the end of the statement."""
     async with engine_to(schema, "asyncpg") as engine, engine.connect() as connection:
         proxied = await connection.get_raw_connection()
@@ -157,11 +157,11 @@ async def test_the_adapter_of_asyncpg_is_locked_for_as_long_as_a_statement_takes
 
 @pytest.mark.skipif(
     sqlalchemy.__version__.startswith("2.0."),
-    reason="before 2.1 that adapter has no lock: aiosqlite's thread is the line",
+    reason="before 2.1, the adapter has no lock: the thread of aiosqlite serializes statements",
 )
-async def test_the_adapter_of_aiosqlite_is_locked_for_as_long_as_a_statement_takes() -> None:
-    """``_execute_mutex`` too."""
-    why = "drivers.is_in_use detects by it that a task is executing a statement"
+async def test_adapter_of_aiosqlite_is_locked_while_a_statement_is_executed() -> None:
+    """``_execute_mutex``, as for asyncpg."""
+    why = "drivers.is_in_use checks this lock to detect that a task is executing a statement"
     slow = text(
         "WITH RECURSIVE c (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c WHERE n < 1000000) SELECT max(n) FROM c"
     )
@@ -180,7 +180,7 @@ async def test_the_adapter_of_aiosqlite_is_locked_for_as_long_as_a_statement_tak
     await engine.dispose()
 
 
-async def test_psycopg_is_locked_for_as_long_as_a_statement_takes(schema: Schema) -> None:
+async def test_connection_of_psycopg_is_locked_while_a_statement_is_executed(schema: Schema) -> None:
     """``AsyncConnection.lock``."""
     async with engine_to(schema, "psycopg") as engine, engine.connect() as connection:
         driver_connection: Any = (await connection.get_raw_connection()).driver_connection
@@ -188,61 +188,61 @@ async def test_psycopg_is_locked_for_as_long_as_a_statement_takes(schema: Schema
 
 
 async def _assert_locked_in_a_statement(schema: Schema, connection: Any, lock: Any) -> None:
-    why = "drivers.is_in_use detects by it that a task is executing a statement"
+    why = "drivers.is_in_use checks this lock to detect that a task is executing a statement"
     assert isinstance(lock, asyncio.Lock), why
     assert not lock.locked(), why
     task = asyncio.create_task(connection.execute(text("SELECT pg_sleep(0.3)")))
     await asyncio.sleep(0)
     assert lock.locked(), f"{why}, from before the BEGIN"
-    assert await eventually(lambda: _sleeps(schema))
+    assert await eventually(lambda: _is_sleeping(schema))
     assert lock.locked(), why
     await task
     assert not lock.locked(), why
 
 
-async def _sleeps(schema: Schema) -> Any:
+async def _is_sleeping(schema: Schema) -> Any:
     return await schema.observer.fetchval(
         "SELECT count(*) FROM pg_stat_activity WHERE application_name = $1 AND wait_event = 'PgSleep'", schema.name
     )
 
 
-async def test_a_lock_knows_who_is_next() -> None:
-    """``asyncio.Lock._waiters``: a lock that is handed on is not locked until the next one has run."""
-    why = "drivers.is_in_use detects by it that a task is waiting to execute a statement"
+async def test_lock_lists_the_tasks_that_wait_for_it() -> None:
+    """``asyncio.Lock._waiters``: a lock that is passed to the next task is not locked until that task runs."""
+    why = "drivers.is_in_use checks _waiters to detect that a task is waiting to execute a statement"
     lock: Any = asyncio.Lock()
     assert not lock._waiters, why
     await lock.acquire()
-    next_one = asyncio.create_task(lock.acquire())
+    next_task = asyncio.create_task(lock.acquire())
     await asyncio.sleep(0)
     lock.release()
     assert not lock.locked()
     assert lock._waiters, why
-    await next_one
+    await next_task
     assert not lock._waiters, why
     lock.release()
 
 
 @needs_asyncpg
-async def test_asyncpg_says_that_another_operation_is_in_progress(schema: Schema) -> None:
-    """The words of its error, which has no class of its own."""
+async def test_error_of_asyncpg_contains_another_operation_is_in_progress(schema: Schema) -> None:
+    """The message of the error, which has no class of its own."""
     async with engine_to(schema, "asyncpg") as engine, engine.connect() as connection:
         await connection.execute(text("SELECT 1"))
         driver_connection: Any = (await connection.get_raw_connection()).driver_connection
         task = asyncio.create_task(driver_connection.execute("SELECT pg_sleep(0.3)"))
-        assert await eventually(lambda: _sleeps(schema))
+        assert await eventually(lambda: _is_sleeping(schema))
         with pytest.raises(DBAPIError) as raised:
             await connection.commit()
         assert "another operation is in progress" in str(raised.value), (
-            "drivers.reports_in_use searches for these words"
+            "drivers.reports_in_use searches the message for this text"
         )
         await task
 
 
 @each_driver
-async def test_a_dialect_is_asked_at_each_error_on_a_connection(schema: Schema, driver: str) -> None:
+async def test_is_disconnect_is_called_for_each_error_on_a_connection(schema: Schema, driver: str) -> None:
     """``Dialect.is_disconnect``, whatever the listeners for ``handle_error`` do."""
-    why = "guard notes by it on which connections a statement has failed"
-    asked: list[object] = []
+    why = "guard wraps is_disconnect to record on which connections a statement has failed"
+    calls: list[object] = []
 
     def translate(_context: object) -> None:
         raise LookupError("an error of the application's own")
@@ -250,22 +250,22 @@ async def test_a_dialect_is_asked_at_each_error_on_a_connection(schema: Schema, 
     async with engine_to(schema, driver) as engine:
         is_disconnect = engine.dialect.is_disconnect
 
-        def ask(e: Any, connection: Any, cursor: Any) -> bool:
-            asked.append(connection)
+        def record_call(e: Any, connection: Any, cursor: Any) -> bool:
+            calls.append(connection)
             return is_disconnect(e, connection, cursor)
 
-        engine.dialect.is_disconnect = ask  # type: ignore[method-assign]
+        engine.dialect.is_disconnect = record_call  # type: ignore[method-assign]
         event.listen(engine.sync_engine, "handle_error", translate)
         async with engine.connect() as connection:
             with pytest.raises(LookupError):
                 await connection.execute(text("SELECT nope"))
-            assert asked == [await connection.get_raw_connection()], why
-            assert isinstance(asked[0], PoolProxiedConnection), why
-            assert weakref.ref(asked[0])() is asked[0], why
+            assert calls == [await connection.get_raw_connection()], why
+            assert isinstance(calls[0], PoolProxiedConnection), why
+            assert weakref.ref(calls[0])() is calls[0], why
 
 
 @each_driver
-async def test_a_dialect_ends_a_connection_that_the_pool_does_not_know(schema: Schema, driver: str) -> None:
+async def test_do_terminate_closes_a_connection_that_is_not_in_the_pool(schema: Schema, driver: str) -> None:
     """``Dialect.do_terminate``."""
     async with engine_to(schema, driver) as engine, engine.connect() as connection:
         await connection.execute(text("SELECT 1"))
@@ -276,20 +276,20 @@ async def test_a_dialect_ends_a_connection_that_the_pool_does_not_know(schema: S
         async def ended() -> bool:
             return await schema.backends() == []
 
-        assert await eventually(ended), "guard.invalidate terminates connections with it"
+        assert await eventually(ended), "guard.invalidate calls do_terminate to close such connections"
         await connection.invalidate()
 
 
-async def test_psycopg_closes_without_waiting(schema: Schema) -> None:
+async def test_finish_closes_a_connection_of_psycopg_without_waiting(schema: Schema) -> None:
     """``AsyncConnection.pgconn.finish()``."""
     async with engine_to(schema, "psycopg") as engine, engine.connect() as connection:
         driver_connection: Any = (await connection.get_raw_connection()).driver_connection
         driver_connection.pgconn.finish()
-        assert driver_connection.closed, "drivers.cancel_statement closes psycopg with it if nothing can be awaited"
+        assert driver_connection.closed, "drivers.cancel_statement calls finish() if nothing can be awaited"
         await connection.invalidate()
 
 
-async def test_a_greenlet_knows_that_it_can_wait() -> None:
+async def test_in_greenlet_is_true_only_in_a_greenlet_that_can_await() -> None:
     """``greenlet_spawn``, ``await_only`` and ``in_greenlet`` of ``sqlalchemy.util``."""
     gate = Gate()
     gate.open()
@@ -303,7 +303,7 @@ async def test_a_greenlet_knows_that_it_can_wait() -> None:
     assert gate.arrivals == 1
 
 
-def test_a_session_maker_makes_what_its_class_makes_of_its_options() -> None:
+def test_session_maker_calls_its_class_with_its_options() -> None:
     """``async_sessionmaker.class_`` and ``kw``."""
 
     class Subclass(AsyncSession):
@@ -312,12 +312,12 @@ def test_a_session_maker_makes_what_its_class_makes_of_its_options() -> None:
     engine = create_async_engine("sqlite+aiosqlite://")
     maker = async_sessionmaker(engine, class_=Subclass, expire_on_commit=False, autoflush=False, info={"of": "all"})
     for session in (maker(), maker.class_(**maker.kw)):
-        assert type(session) is Subclass, "DBConnect makes its sessions by these two"
+        assert type(session) is Subclass, "_db_connect.new_session creates sessions with class_ and kw"
         assert session.bind is engine
         assert (session.sync_session.expire_on_commit, session.autoflush, session.info) == (False, False, {"of": "all"})
 
 
-def test_the_methods_that_end_a_session_are_of_its_class() -> None:
+def test_async_session_defines_commit_rollback_and_close_itself() -> None:
     """``AsyncSession`` defines ``commit``, ``rollback`` and ``close`` itself, and has a ``__dict__``."""
     session = AsyncSession()
     for method in ("commit", "rollback", "close"):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 
-async def test_a_rollback_session_is_rolled_back_and_closed(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
+async def test_rollback_session_is_rolled_back_and_closed(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
     async with ctxalchemy.testing.rollback_session(db) as session:
         await add_note(session, "undone")
         assert await count_notes(session) == 1
@@ -26,7 +26,7 @@ async def test_a_rollback_session_is_rolled_back_and_closed(ctxalchemy: ModuleTy
         await session.execute(text("SELECT 1"))
 
 
-async def test_a_rollback_session_is_rolled_back_when_the_test_fails(
+async def test_rollback_session_is_rolled_back_when_the_test_fails(
     ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     with pytest.raises(AssertionError, match="the test"):
@@ -36,7 +36,7 @@ async def test_a_rollback_session_is_rolled_back_when_the_test_fails(
     assert await schema.notes() == []
 
 
-async def test_a_test_context_forgets_its_sessions_and_leaves_them_to_the_test(
+async def test_test_context_only_removes_its_sessions_and_does_not_close_them(
     ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     async with ctxalchemy.testing.set_test_context():
@@ -49,9 +49,7 @@ async def test_a_test_context_forgets_its_sessions_and_leaves_them_to_the_test(
     assert await schema.notes() == ["the test's"]
 
 
-async def test_a_test_context_with_auto_close_commits_and_closes(
-    ctxalchemy: ModuleType, schema: Schema, db: Any
-) -> None:
+async def test_test_context_with_auto_close_commits_and_closes(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
     async with ctxalchemy.testing.set_test_context(auto_close=True):
         session = await ctxalchemy.db_session(db)
         await add_note(session, "committed")
@@ -61,7 +59,7 @@ async def test_a_test_context_with_auto_close_commits_and_closes(
         await session.execute(text("SELECT 1"))
 
 
-async def test_a_test_context_with_auto_close_rolls_back_and_closes_when_the_test_fails(
+async def test_test_context_with_auto_close_rolls_back_and_closes_when_the_test_fails(
     ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     with pytest.raises(AssertionError, match="the test"):
@@ -73,7 +71,7 @@ async def test_a_test_context_with_auto_close_rolls_back_and_closes_when_the_tes
 
 
 @pytest.mark.parametrize("auto_close", [False, True])
-async def test_a_test_context_closes_for_good(ctxalchemy: ModuleType, db: Any, auto_close: bool) -> None:
+async def test_test_context_is_closed_permanently(ctxalchemy: ModuleType, db: Any, auto_close: bool) -> None:
     closed = asyncio.Event()
 
     async def late() -> None:
@@ -87,7 +85,7 @@ async def test_a_test_context_closes_for_good(ctxalchemy: ModuleType, db: Any, a
         await task
 
 
-async def test_a_test_context_is_not_opened_in_another(ctxalchemy: ModuleType) -> None:
+async def test_test_context_cannot_be_nested(ctxalchemy: ModuleType) -> None:
     async with ctxalchemy.testing.set_test_context():
         with pytest.raises(ctxalchemy.ContextAlreadyInitiatedError):
             async with ctxalchemy.testing.set_test_context():
@@ -97,7 +95,7 @@ async def test_a_test_context_is_not_opened_in_another(ctxalchemy: ModuleType) -
 
 @each_kind
 @pytest.mark.parametrize("auto_close", [False, True])
-async def test_the_commits_of_an_application_are_undone_at_the_end(
+async def test_commits_of_the_application_are_rolled_back_at_the_end_of_the_test(
     ctxalchemy: ModuleType, schema: Schema, db: Any, kind: Kind, auto_close: bool
 ) -> None:
     async def endpoint() -> Answer:
@@ -123,7 +121,7 @@ async def test_the_commits_of_an_application_are_undone_at_the_end(
     assert await checked_out(db) == 0
 
 
-async def test_a_savepoint_session_shares_the_database_connection(
+async def test_savepoint_session_uses_the_connection_of_the_outer_session(
     ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     testing = ctxalchemy.testing
@@ -144,7 +142,7 @@ async def test_a_savepoint_session_shares_the_database_connection(
     assert await schema.notes() == []
 
 
-async def test_a_savepoint_session_needs_a_context(ctxalchemy: ModuleType, db: Any) -> None:
+async def test_savepoint_session_needs_a_context(ctxalchemy: ModuleType, db: Any) -> None:
     async with ctxalchemy.testing.rollback_session(db) as session:
         with pytest.raises(ctxalchemy.ContextNotInitiatedError):
             async with ctxalchemy.testing.put_savepoint_session_in_ctx(db, session):
@@ -152,7 +150,7 @@ async def test_a_savepoint_session_needs_a_context(ctxalchemy: ModuleType, db: A
         assert not session.in_transaction()
 
 
-async def test_a_savepoint_session_is_taken_out_when_the_test_fails(
+async def test_savepoint_session_is_removed_from_the_context_when_the_test_fails(
     ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     testing = ctxalchemy.testing

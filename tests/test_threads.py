@@ -1,4 +1,4 @@
-"""Many threads, with an event loop each, use contexts and connections at the same time; with the GIL or without."""
+"""Many threads, each with its own event loop, use contexts and databases concurrently, with and without the GIL."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ GREENLET_IS_SAFE = not WITHOUT_GIL or sys.version_info >= (3, 14)
 
 
 @pytest.fixture(autouse=True)
-def switching_often() -> Iterator[None]:
-    """With the GIL, threads take turns a thousand times as often as they would."""
+def frequent_switches() -> Iterator[None]:
+    """With the GIL, switch between threads a thousand times as often as by default."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(5e-6)
     yield
@@ -29,7 +29,7 @@ def switching_often() -> Iterator[None]:
 
 
 def in_threads(work: Callable[[int], Coroutine[Any, Any, None]]) -> None:
-    """Run this in many threads, each with an event loop of its own, from the same moment on."""
+    """Run this in many threads at the same time, each with its own event loop."""
     barrier = threading.Barrier(THREADS)
     errors: list[BaseException] = []
 
@@ -50,28 +50,28 @@ def in_threads(work: Callable[[int], Coroutine[Any, Any, None]]) -> None:
 
 
 class Session:
-    """What a test puts into a context."""
+    """Stands for a session in a context."""
 
     def __init__(self, owner: tuple[int, int]) -> None:
         self.owner = owner
 
 
-def test_the_gil_stays_off(ctxalchemy: ModuleType) -> None:
-    """Where it was turned off, no import turned it on again."""
+def test_imports_do_not_enable_the_gil(ctxalchemy: ModuleType) -> None:
+    """If the GIL is disabled, no import has enabled it again."""
     if not WITHOUT_GIL:
         pytest.skip("this Python runs with the GIL")
     assert ctxalchemy is not None
     assert not getattr(sys, "_is_gil_enabled")()  # noqa: B009 - older type stubs do not have it
 
 
-def test_contexts_in_many_threads_are_kept_apart(ctxalchemy: ModuleType) -> None:
-    """The connections are everyone's; the contexts and what is in them are each task's own."""
-    core = ctxalchemy._backend
+def test_contexts_of_many_threads_are_separate(ctxalchemy: ModuleType) -> None:
+    """All tasks share the databases.  Each task has its own contexts and sessions."""
+    backend = ctxalchemy._backend
     databases = [ctxalchemy.DBConnect.from_url("sqlite+aiosqlite://") for _ in range(5)]
 
     async def task(number: int, turn: int) -> None:
-        store = core.open_context()
-        assert core.current_context() is store
+        store = backend.open_context()
+        assert backend.current_context() is store
         mine = [Session((number, turn)) for _ in databases]
         for db, session in zip(databases, mine, strict=True):
             ctxalchemy.put_db_session_to_context(db, session)
@@ -80,17 +80,17 @@ def test_contexts_in_many_threads_are_kept_apart(ctxalchemy: ModuleType) -> None
             assert await ctxalchemy.db_session(db) is session
             assert ctxalchemy.db_session_nowait(db) is session
         assert store.pop(databases[2]) is mine[2]
-        inner = core.open_context()
+        inner = backend.open_context()
         with pytest.raises(StopIteration) as stopped:
             ctxalchemy.db_session(databases[0]).send(None)
         assert stopped.value.value is not mine[0]
         inner.close()
-        core.reset_context(inner)
+        backend.reset_context(inner)
         assert [session for _, session in store.close()] == [*mine[:2], *mine[3:]]
         with pytest.raises(ctxalchemy.ContextClosedError):
             await ctxalchemy.db_session(databases[0])
-        core.reset_context(store)
-        assert core.current_context() is None
+        backend.reset_context(store)
+        assert backend.current_context() is None
 
     async def work(number: int) -> None:
         for turn in range(0, 200, 10):
@@ -99,15 +99,17 @@ def test_contexts_in_many_threads_are_kept_apart(ctxalchemy: ModuleType) -> None
     in_threads(work)
 
 
-def test_a_context_that_threads_share_stays_whole(ctxalchemy: ModuleType) -> None:
-    """Nothing gets lost, doubled or mixed up when everyone puts, finds and pops in the same store."""
+def test_context_that_threads_share_stays_consistent(ctxalchemy: ModuleType) -> None:
+    """No session is lost, duplicated or mixed up if several threads call ``put``, ``get`` and ``pop`` concurrently."""
     if ctxalchemy.BACKEND == "python":
-        pytest.skip("threads that share a context may look up in pure Python, and not change it at the same time")
-    core = ctxalchemy._backend
+        pytest.skip(
+            "in pure Python, threads that share a context may look up sessions in it, but not change it concurrently"
+        )
+    backend = ctxalchemy._backend
     shared = [ctxalchemy.DBConnect.from_url("sqlite+aiosqlite://") for _ in range(3)]
-    store = core.SessionStore()
-    closed = core.SessionStore()
-    given: list[Any] = []
+    store = backend.SessionStore()
+    closed = backend.SessionStore()
+    returned: list[Any] = []
 
     async def work(number: int) -> None:
         own = ctxalchemy.DBConnect.from_url("sqlite+aiosqlite://")
@@ -129,23 +131,23 @@ def test_a_context_that_threads_share_stays_whole(ctxalchemy: ModuleType) -> Non
             except ctxalchemy.ContextClosedError:
                 assert closed.closed
             if (number, turn) == (0, 150):
-                given.extend(closed.close())
+                returned.extend(closed.close())
 
     in_threads(work)
     assert len(store) == 0
-    assert len(given) <= THREADS
+    assert len(returned) <= THREADS
     assert closed.items() == []
 
 
-async def test_a_connection_serves_many_event_loops_at_once(ctxalchemy: ModuleType, schema: Schema) -> None:
-    """Each loop has an engine of its own, is closed with its loop, and disturbs no other."""
+async def test_database_can_be_used_in_many_event_loops_at_once(ctxalchemy: ModuleType, schema: Schema) -> None:
+    """Each event loop has its own engine, which is closed with the loop and does not affect the other engines."""
     if not GREENLET_IS_SAFE:
-        pytest.skip("greenlet, which SQLAlchemy is built on, crashes without the GIL before 3.14")
+        pytest.skip("greenlet, which SQLAlchemy uses, crashes without the GIL before Python 3.14")
     rounds, tasks = 4, 3
     async with watched(schema.db(ctxalchemy, pool_size=tasks)) as db:
         loops = set[int]()
         lock = threading.Lock()
-        at_work = threading.Barrier(THREADS)
+        all_have_engines = threading.Barrier(THREADS)
 
         async def request(name: str) -> None:
             async with ctxalchemy.new_ctx():
@@ -159,13 +161,13 @@ async def test_a_connection_serves_many_event_loops_at_once(ctxalchemy: ModuleTy
             for turn in range(rounds):
                 await asyncio.gather(*(request(f"{number} {turn} {each}") for each in range(tasks)))
             assert await checked_out(db) == 0
-            # All have their engines by now: who closes, closes those of the others too.
-            await asyncio.to_thread(at_work.wait)
+            # All loops have their engines now.  The first thread closes the engines of all loops.
+            await asyncio.to_thread(all_have_engines.wait)
             if number == 0:
                 await db.close()
             await asyncio.sleep(0.2)
             await request(f"{number} after the closing")
-            await asyncio.to_thread(at_work.wait)
+            await asyncio.to_thread(all_have_engines.wait)
             await (await db.session_maker()).kw["bind"].dispose()
 
         await asyncio.to_thread(in_threads, work)

@@ -1,4 +1,4 @@
-"""What settles a context says so where there is none, instead of settling nothing."""
+"""The functions that complete a context raise an error if no context is open."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 if TYPE_CHECKING:
     from types import ModuleType
 
-SETTLING: dict[str, tuple[Any, ...]] = {
+COMPLETING: dict[str, tuple[Any, ...]] = {
     "commit_all_sessions": (),
     "rollback_all_sessions": (),
     "close_all_sessions": (),
@@ -19,18 +19,18 @@ SETTLING: dict[str, tuple[Any, ...]] = {
 
 
 async def call(ctxalchemy: ModuleType, name: str) -> None:
-    result = getattr(ctxalchemy, name)(*SETTLING[name])
+    result = getattr(ctxalchemy, name)(*COMPLETING[name])
     assert inspect.isawaitable(result)
     await result
 
 
-@pytest.mark.parametrize("name", SETTLING)
+@pytest.mark.parametrize("name", COMPLETING)
 async def test_completing_without_a_context_is_an_error(ctxalchemy: ModuleType, name: str) -> None:
     with pytest.raises(ctxalchemy.ContextNotInitiatedError):
         await call(ctxalchemy, name)
 
 
-@pytest.mark.parametrize("name", SETTLING)
+@pytest.mark.parametrize("name", COMPLETING)
 async def test_completing_a_closed_context_is_an_error(ctxalchemy: ModuleType, name: str) -> None:
     store = ctxalchemy._backend.open_context()
     store.close()
