@@ -29,7 +29,7 @@ help:  ## List the targets.
 
 test:  ## Run the tests on both backends, with a throw-away PostgreSQL.  ARGS="-k word -x" goes to pytest.
 	@$(SET_UP) --need-native test
-	@$(POSTGRES) $(VENV_PYTHON) -m pytest -p scripts.both_backends $(ARGS)
+	@$(POSTGRES) $(VENV_PYTHON) -m pytest -p tests.support.both_backends $(ARGS)
 
 lint:  ## Run all linters and type checkers, on the Python and the Rust.
 	@$(SET_UP) --need-native test examples bench lint

@@ -112,7 +112,7 @@ def run_tests(
     if interpreter.without_asyncpg is not None:
         driver = "psycopg"
         variables["TEST_DATABASE_URL"] = url.replace("+asyncpg", "+psycopg")
-    plugins = ["-p", "scripts.both_backends", "-p", "no:cacheprovider"]
+    plugins = ["-p", "tests.support.both_backends", "-p", "no:cacheprovider"]
     command: list[str | Path] = [
         python,
         *python_options,

@@ -1,7 +1,9 @@
-"""A pytest plugin: count the tests of each backend, and fail a full run in which a backend had none.
+"""A pytest plugin that counts the tests of each backend and fails a full run in which no test passed on a backend.
 
-Without it, a suite that silently lost one backend would still pass.  Where there is no native backend, that has to be
-said, with the reason: ``--without-native=REASON``.
+Without the plugin, a suite that no longer runs on one of the backends would still pass. If an interpreter has no
+native backend, pass the reason: ``--without-native=REASON``.
+
+Load the plugin with ``-p tests.support.both_backends``, from the root of the repository.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ NEITHER = "neither"
 
 class BothBackends:
     def __init__(self, config: pytest.Config) -> None:
-        # Whether everything was asked for.  What is deselected is found out later.
+        # True if pytest was started without paths. pytest_deselected() resets it if tests are deselected.
         self._is_full_run = config.args == config.getini("testpaths")
         self._needed = BACKENDS if config.getoption("without_native") is None else ("python",)
         self._backends: dict[str, str] = {}
@@ -37,7 +39,7 @@ class BothBackends:
             self._is_full_run = False
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        # Of the three phases, the call's outcome counts, unless another one failed or was skipped.
+        # A test has three phases. Its outcome is that of the call, unless another phase failed or was skipped.
         matters = report.when == "call" or report.outcome != "passed"
         if matters and self._outcomes.get(report.nodeid) != "failed":
             self._outcomes[report.nodeid] = report.outcome
@@ -57,14 +59,14 @@ class BothBackends:
             outcomes = (f"{counts[backend, outcome]} {outcome}" for outcome in ("passed", "failed", "skipped"))
             terminalreporter.line(f"{backend:<8}{', '.join(outcomes)}")
         for backend in self._missing:
-            terminalreporter.line(f"No test passed on the {backend} backend, in a run of all tests.", red=True)
+            terminalreporter.line(f"No test passed on the {backend} backend in a run of all tests.", red=True)
 
     def _counts(self) -> Counter[tuple[str, str]]:
         return Counter((self._backends.get(nodeid, NEITHER), outcome) for nodeid, outcome in self._outcomes.items())
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--without-native", metavar="REASON", help="skip the native backend, for this reason")
+    parser.addoption("--without-native", metavar="REASON", help="skip the native backend for this reason")
 
 
 def pytest_configure(config: pytest.Config) -> None:
