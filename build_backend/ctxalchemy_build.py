@@ -1,10 +1,10 @@
-"""The build backend: maturin for wheels with the native module; hatchling for those without it, and the sdist.
+"""The build backend: maturin builds wheels with the native module, hatchling builds pure wheels and the sdist.
 
-The pure wheel is made on request, and needs no Rust: ``CTXALCHEMY_PURE=1 pip install .``, or
-``pip install --config-settings=pure=true .``.  A native build that fails is never replaced by it silently.
+A pure wheel contains no native module. It is built on request and without Rust: ``CTXALCHEMY_PURE=1 pip install .``,
+or ``pip install --config-settings=pure=true .``. If a native build fails, no pure wheel is built in its place.
 
-These are the hooks of PEP 517 and PEP 660, with their names and parameters.  Those that prepare metadata are left
-out: they are optional, and hatchling does without them under pip.
+The functions are the hooks of PEP 517 and PEP 660, with the names and parameters that the PEPs define. The hooks that
+prepare metadata are optional and are omitted, as in hatchling under pip.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ NATIVE = ["maturin>=1.9,<2"]
 PURE = ["hatchling>=1.27,<2"]
 
 HINT = (
-    "ctxalchemy: the build of the native module failed; the reason is above. To install ctxalchemy without it, "
-    "in pure Python and with no need of Rust, say CTXALCHEMY_PURE=1, or --config-settings=pure=true."
+    "ctxalchemy: the build of the native module failed; the reason is above. To install ctxalchemy in pure Python, "
+    "without Rust, set CTXALCHEMY_PURE=1 or pass --config-settings=pure=true."
 )
 NO_CARGO = (
-    "ctxalchemy: cargo, of Rust 1.88 or newer, is needed to build the native module, and was not found. To install "
-    "ctxalchemy without it, in pure Python, say CTXALCHEMY_PURE=1, or --config-settings=pure=true."
+    "ctxalchemy: cargo was not found. The build of the native module needs cargo of Rust 1.88 or newer. To install "
+    "ctxalchemy in pure Python, without Rust, set CTXALCHEMY_PURE=1 or pass --config-settings=pure=true."
 )
 
-_ANSWERS = {"": False, "0": False, "false": False, "1": True, "true": True}
+_VALUES = {"": False, "0": False, "false": False, "1": True, "true": True}
 
 
 def _is_pure(settings: Settings) -> bool:
-    """Whether the wheel without the native module is asked for: by a setting, or else by the environment."""
+    """Return whether a pure wheel is requested. The setting takes precedence over the environment variable."""
     wanted = (settings or {}).get("pure", os.environ.get("CTXALCHEMY_PURE", ""))
     try:
-        return _ANSWERS[str(wanted).lower()]
+        return _VALUES[str(wanted).lower()]
     except KeyError:
-        sys.exit(f"ctxalchemy: CTXALCHEMY_PURE, or the setting 'pure', must be 1, true, 0 or false, not {wanted!r}")
+        sys.exit(f"ctxalchemy: CTXALCHEMY_PURE and the setting 'pure' must be 1, true, 0 or false, not {wanted!r}")
 
 
 def _requires(settings: Settings) -> list[str]:
@@ -51,7 +51,7 @@ def _requires(settings: Settings) -> list[str]:
 
 
 def _build(hook: str, directory: str, settings: Settings) -> str:
-    """Let the builder that is asked for run this hook."""
+    """Run this hook of the requested builder."""
     rest = {name: value for name, value in (settings or {}).items() if name != "pure"}
     if _is_pure(settings):
         return _hook("hatchling.build", hook)(directory, rest)

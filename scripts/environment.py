@@ -1,11 +1,11 @@
-"""Set up .venv: dependency groups, and the package itself, editable.
+"""Set up .venv: install dependency groups, and the package itself in editable mode.
 
     python scripts/environment.py [--need-native] GROUP...
 
-What is up to date already is left alone.  That is decided by content, not by time stamps: an extension
-that was not built from the sources as they are is removed before anything else happens.
+A step runs only if its inputs have changed. The script compares contents, not time stamps. It removes an extension
+that was not built from the current sources before it builds a new one, so a stale extension is never tested.
 
-Where there is no cargo, the package is installed without its extension, unless that is needed.
+If cargo is missing, the script installs the package without its extension. With --need-native, it fails instead.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 try:
     import tomllib
 except ModuleNotFoundError:
-    sys.exit(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}: say 'make PYTHON=python3.11 ...'")
+    sys.exit(f"Python 3.11 or newer is needed, but this is {sys.version.split()[0]}: run 'make PYTHON=python3.11 ...'")
 
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = ROOT / "pyproject.toml"
@@ -32,14 +32,14 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 PACKAGE = ROOT / "python" / "ctxalchemy"
 NO_CARGO = (
-    "cargo was not found, and the tests need the native backend as well as the pure-Python one: "
-    "install Rust, with rustup or as the packages cargo, rustfmt and rust-clippy."
+    "cargo was not found. This command needs the native backend: "
+    "install Rust with rustup, or install the packages cargo, rustfmt and rust-clippy."
 )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Set up .venv.")
-    parser.add_argument("--need-native", action="store_true", help="fail where the extension cannot be built")
+    parser.add_argument("--need-native", action="store_true", help="fail if the extension cannot be built")
     parser.add_argument("groups", nargs="+", metavar="GROUP", help="a dependency group of pyproject.toml")
     options = parser.parse_args()
     has_cargo = shutil.which("cargo") is not None
@@ -53,16 +53,16 @@ def main() -> None:
 
 
 def make_venv() -> None:
-    """Make .venv anew if it is another Python's, or was made elsewhere and moved."""
+    """Create .venv again if it belongs to another Python, or if it was moved."""
     wanted = digest(text=f"{sys.version} {sys.base_prefix} {VENV}")
     if is_done("venv", wanted):
         return
     if importlib.util.find_spec("ensurepip") is None:
-        sys.exit("This Python cannot make virtual environments: install the package python3-venv.")
-    say(f"Making .venv with Python {sys.version.split()[0]}")
+        sys.exit("This Python cannot create virtual environments: install the package python3-venv.")
+    say(f"Creating .venv with Python {sys.version.split()[0]}")
     remove_extensions()
     venv.create(VENV, clear=True, with_pip=True)
-    pip("install", "--upgrade", "pip>=25.1")  # The first that knows --group.
+    pip("install", "--upgrade", "pip>=25.1")  # The first release with --group.
     mark_done("venv", wanted)
 
 
@@ -82,20 +82,20 @@ def install_package(*, has_cargo: bool) -> None:
     remove_extensions()
     if has_cargo:
         say("Building the native extension")
-        # Cargo goes by time stamps, and would reuse what it built from sources that have become older since.
+        # Cargo compares time stamps. It would reuse an old build if the time stamp of a changed source is older.
         run("cargo", "clean", "--quiet", "--release", "--package", read("Cargo.toml")["package"]["name"])
         pip("install", "--no-deps", "--editable", str(ROOT))
         if len(extensions()) != 1:
-            sys.exit(f"The build should have left one extension in {PACKAGE}, and left {len(extensions())}.")
+            sys.exit(f"The build should have created one extension in {PACKAGE}, but created {len(extensions())}.")
         mark_done("native", digest(*extensions(), text=sources))
     elif not is_done("pure", digest(PYPROJECT)):
-        say("cargo was not found: going on without the native extension, on the pure-Python backend")
+        say("cargo was not found: installing the package without its native extension, on the pure-Python backend")
         pip("install", "--no-deps", "--editable", str(ROOT), "--config-settings=pure=true")
         mark_done("pure", digest(PYPROJECT))
 
 
 def rust_sources() -> list[Path]:
-    """Everything that the extension is built from."""
+    """Return all files from which the extension is built."""
     names = ["Cargo.toml", "Cargo.lock", "build.rs", "rust-toolchain.toml", ".cargo/config.toml"]
     return [*(ROOT / name for name in names), *(ROOT / "rust").rglob("*")]
 
@@ -110,7 +110,7 @@ def remove_extensions() -> None:
 
 
 def digest(*paths: Path, text: str = "") -> str:
-    """The hash of a text, and of the names and contents of those of these paths that are files."""
+    """Return the hash of a text, and of the names and contents of the paths. Paths that are not files are skipped."""
     total = hashlib.sha256(text.encode())
     for path in sorted(path for path in paths if path.is_file()):
         content = hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,7 +1,7 @@
-"""The Python interpreters at hand: those of PYTHONS, of pyenv, and on PATH; one of each kind, the newest.
+"""Find the Python interpreters on this machine: those of pyenv and those on PATH; the newest of each kind.
 
-PYTHONS lists commands, with ':' between them: ``PYTHONS=python3.13:/opt/pypy/bin/pypy3``.  Where it is set, only they
-count.
+If the environment variable PYTHONS is set, only the commands that it lists are used. ``:`` separates the commands:
+``PYTHONS=python3.13:/opt/pypy/bin/pypy3``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 OLDEST = (3, 11)
 NEWEST = (3, 15)
-# PyO3's own word for: build for an interpreter that is not supported.
+# With this variable, PyO3 builds for an interpreter that it does not support.
 SKIP_PYO3_CHECK = "UNSAFE_PYO3_SKIP_VERSION_CHECK"
 ASK = """
 import json, platform, sys, sysconfig
@@ -35,34 +35,34 @@ class Interpreter:
 
     @property
     def name(self) -> str:
-        """As ``CPython 3.13.0t``."""
+        """The name in tables, for example ``CPython 3.13.0t``."""
         return f"{self.implementation} {'.'.join(map(str, self.version))}{'t' if self.free_threaded else ''}"
 
     @property
     def kind(self) -> str:
-        """As ``cpython3.13t``: of each kind, the newest is used."""
+        """The kind, for example ``cpython3.13t``. Of each kind, the newest interpreter is used."""
         minor = ".".join(map(str, self.version[:2]))
         return f"{self.implementation.lower()}{minor}{'t' if self.free_threaded else ''}"
 
     @property
     def without_native(self) -> str | None:
-        """Why there is no native module for it, if there is none."""
+        """The reason why this interpreter has no native module. ``None`` if it has one."""
         if self.implementation != "CPython":
-            return "the native module is for CPython"
+            return "the native module supports CPython only"
         if self.free_threaded and self.version < (3, 14) and os.environ.get(SKIP_PYO3_CHECK) != "1":
-            return f"PyO3 supports free threading from 3.14 on; {SKIP_PYO3_CHECK}=1 builds it all the same"
+            return f"PyO3 supports free threading from Python 3.14 on; set {SKIP_PYO3_CHECK}=1 to build it on 3.13"
         return None
 
     @property
     def without_asyncpg(self) -> str | None:
-        """Why there is no asyncpg for it, if there is none."""
-        return None if self.implementation == "CPython" else "asyncpg is for CPython"
+        """The reason why asyncpg cannot be installed. ``None`` if it can."""
+        return None if self.implementation == "CPython" else "asyncpg supports CPython only"
 
     @property
     def without_greenlet(self) -> str | None:
-        """Why SQLAlchemy's asyncio cannot be used with it, if it cannot."""
+        """The reason why SQLAlchemy's asyncio extension cannot be used. ``None`` if it can."""
         if self.free_threaded and self.version < (3, 14):
-            return "greenlet 3.2.2, the last with wheels for it, crashes, and newer ones do not build: no database"
+            return "greenlet 3.2.2, the last release with a wheel, crashes, and newer ones do not build: no database"
         return None
 
 
@@ -90,12 +90,12 @@ def _commands() -> Iterator[str]:
 
 
 def _ask(command: str) -> Interpreter | None:
-    """What it is.  None: it does not run, as the placeholders of pyenv do not where no version is chosen."""
+    """Run the command and return what it is. ``None`` if it does not run, like a shim of pyenv with no version."""
     try:
         result = subprocess.run([command, "-c", ASK], capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
         if os.environ.get("PYTHONS"):
-            sys.exit(f"PYTHONS names {command}, which does not run")
+            sys.exit(f"PYTHONS lists {command}, but this command does not run")
         return None
     path, implementation, version, free_threaded = json.loads(result.stdout)
     return Interpreter(path, implementation, tuple(version), free_threaded)

@@ -1,12 +1,13 @@
-"""Run a command with a throw-away PostgreSQL server.
+"""Run a command with a temporary PostgreSQL server.
 
     python scripts/postgres.py -- COMMAND...
 
-The command finds the server's URL in TEST_DATABASE_URL, and its exit status is that of this script.
-If TEST_DATABASE_URL is set already, the command gets just that, and no server is started.
+The environment variable TEST_DATABASE_URL passes the URL of the server to the command. The exit status of this script
+is the exit status of the command. If TEST_DATABASE_URL is already set, no server is started.
 
-The server's programs are those on this machine, or else come from PyPI.  The server listens on 127.0.0.1,
-lives in a temporary directory, and is gone when the command has ended, however it ended.
+The server uses the PostgreSQL programs of this machine. If there are none, they are installed from PyPI. The server
+listens on 127.0.0.1, and its files are in a temporary directory. However the command ends, the script then stops the
+server and removes the directory.
 """
 
 from __future__ import annotations
@@ -44,17 +45,17 @@ SETTINGS = {
     "jit": "off",
     "deadlock_timeout": "100ms",
 }
-PATIENCE = 60.0
+START_TIMEOUT = 60.0
 STOP_SIGNALS = [
     number
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     if signal.getsignal(number) is not signal.SIG_IGN
 ]
 NO_POSTGRES = f"""\
-There is no PostgreSQL to run the tests on.  Any of these will do:
-  - set {URL_VARIABLE}=postgresql+asyncpg://user:password@host/database, of a server to spare
+No PostgreSQL server was found. Do one of the following:
+  - set {URL_VARIABLE} to the URL of a server for tests: postgresql+asyncpg://user:password@host/database
   - install the PostgreSQL server on this machine: apt-get install postgresql
-  - make PyPI reachable, where pip finds servers for the common platforms"""
+  - make PyPI reachable: pip installs a server from there on the common platforms"""
 
 
 def main() -> int:
@@ -62,21 +63,21 @@ def main() -> int:
         sys.exit("Usage: python scripts/postgres.py -- COMMAND...")
     command = sys.argv[2:]
     for number in STOP_SIGNALS:
-        signal.signal(number, leave)
+        signal.signal(number, stop)
     if url := os.environ.get(URL_VARIABLE):
-        say(f"PostgreSQL: the one of {URL_VARIABLE}")
+        say(f"PostgreSQL: the server of {URL_VARIABLE}")
         return run(command, url)
     with server() as url:
         return run(command, url)
 
 
-def leave(number: int, _frame: FrameType | None) -> NoReturn:
+def stop(number: int, _frame: FrameType | None) -> NoReturn:
     ignore_signals()
     sys.exit(128 + number)
 
 
 def ignore_signals() -> None:
-    """From here on we clean up and leave, and nothing may stop that: make, for one, sends SIGTERM twice."""
+    """Ignore the stop signals, so that the clean-up runs to its end: ``make``, for example, sends SIGTERM twice."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -87,7 +88,7 @@ def run(command: list[str], url: str) -> int:
     process = subprocess.Popen(command, env={**os.environ, URL_VARIABLE: url})
     try:
         status = process.wait()
-    except KeyboardInterrupt:  # By Ctrl-C, which the command got too: it may want to say where it was.
+    except KeyboardInterrupt:  # Ctrl-C. The command receives it too, and may print where it was interrupted.
         with suppress(subprocess.TimeoutExpired):
             process.wait(timeout=10)
         status = -signal.SIGINT
@@ -98,17 +99,17 @@ def run(command: list[str], url: str) -> int:
 
 @contextmanager
 def server() -> Iterator[str]:
-    """Make and start a server; stop and remove it at the end."""
+    """Create and start a server. Stop it and remove its files at the end."""
     binaries = installed_binaries()
     with tempfile.TemporaryDirectory(prefix="postgres-", ignore_cleanup_errors=True) as name:
         directory = Path(name)
         if binaries is None:
             binaries = binaries_from_pypi(directory / "programs")
         # The server refuses to run as root.
-        how: dict[str, Any] = {"cwd": directory, "env": environment(), "start_new_session": True}
+        options: dict[str, Any] = {"cwd": directory, "env": environment(), "start_new_session": True}
         if os.geteuid() == 0:
             user = unprivileged_user()
-            how |= {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
+            options |= {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
             os.chown(directory, user.pw_uid, user.pw_gid)
 
         data, port = directory / "data", free_port()
@@ -117,16 +118,16 @@ def server() -> Iterator[str]:
         postgres: list[str | Path] = [binaries / "postgres", "-D", data, "-p", str(port)]
         postgres += [f"--{name}={value}" for name, value in SETTINGS.items()]
         with (directory / "log").open("w+") as log:
-            how |= {"stdout": log, "stderr": log}
-            with subprocess.Popen(initdb, **how) as process:  # Its end is waited for, even if we are to stop.
+            options |= {"stdout": log, "stderr": log}
+            with subprocess.Popen(initdb, **options) as process:  # Wait for its end, even after a signal.
                 process.wait()
             if process.returncode:
                 fail("PostgreSQL's initdb failed", log)
-            process = subprocess.Popen(postgres, **how)
+            process = subprocess.Popen(postgres, **options)
             try:
                 if not is_ready(process, [binaries / "pg_isready", "-h", "127.0.0.1", "-p", str(port)]):
                     fail("PostgreSQL did not start", log)
-                say(f"PostgreSQL: a throw-away server on port {port}, with the programs in {binaries}")
+                say(f"PostgreSQL: a temporary server on port {port}, with the programs in {binaries}")
                 yield f"postgresql+asyncpg://postgres@127.0.0.1:{port}/postgres"
             finally:
                 ignore_signals()
@@ -138,11 +139,11 @@ def fail(what: str, log: TextIO) -> NoReturn:
     sys.exit(f"{what}:\n{log.read()}")
 
 
-def is_ready(process: subprocess.Popen[Any], question: list[str | Path]) -> bool:
-    """Wait until the server takes connections; give up if it has exited, or takes too long."""
-    deadline = time.monotonic() + PATIENCE
+def is_ready(process: subprocess.Popen[Any], check: list[str | Path]) -> bool:
+    """Wait until the server accepts connections. Return ``False`` if it exits or takes too long."""
+    deadline = time.monotonic() + START_TIMEOUT
     while process.poll() is None and time.monotonic() < deadline:
-        if subprocess.run(question, env=environment(), check=False, stdout=subprocess.DEVNULL).returncode == 0:
+        if subprocess.run(check, env=environment(), check=False, stdout=subprocess.DEVNULL).returncode == 0:
             return True
         time.sleep(0.05)
     return False
@@ -157,7 +158,7 @@ def end(process: subprocess.Popen[Any], number: int) -> None:
 
 
 def installed_binaries() -> Path | None:
-    """The directory of this machine's PostgreSQL server programs: those in PATH, or else the newest."""
+    """Return the directory of the PostgreSQL server programs of this machine: on PATH, or else the newest."""
     candidates = [*map(Path, os.get_exec_path())]
     if pg_config := shutil.which("pg_config"):
         answer = subprocess.run([pg_config, "--bindir"], check=False, capture_output=True, text=True)
@@ -168,19 +169,19 @@ def installed_binaries() -> Path | None:
 
 
 def binaries_from_pypi(directory: Path) -> Path:
-    """The like directory, of a copy of what the dependency group "postgres" installs.
+    """Install the dependency group ``postgres`` and return the directory of the programs in a copy of it.
 
-    It is a copy because the user that the server runs as need not be able to read our files.
+    A copy is needed because the user that runs the server may not be allowed to read the files in .venv.
     """
     package = find_package()
     if package is None:
-        say("PostgreSQL: none on this machine, installing one from PyPI")
+        say("PostgreSQL: not found on this machine, installing it from PyPI")
         pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
         subprocess.run([*pip, "install", "--group", "postgres"], cwd=ROOT, check=False)
         package = find_package()
     if package is None:
         sys.exit(NO_POSTGRES)
-    for part in package.parent.glob(f"{package.name}*"):  # The shared libraries are beside it.
+    for part in package.parent.glob(f"{package.name}*"):  # Its shared libraries are in a directory beside it.
         shutil.copytree(part, directory / part.name, symlinks=True)
     return max(path for path in directory.glob(f"{package.name}/pginstall*/bin") if has_programs(path))
 
@@ -199,11 +200,11 @@ def unprivileged_user() -> pwd.struct_passwd:
     for name in ("postgres", "nobody"):
         with suppress(KeyError):
             return pwd.getpwnam(name)
-    sys.exit("PostgreSQL does not run as root, and there is neither a user 'postgres' nor 'nobody' to run it as.")
+    sys.exit("PostgreSQL does not run as root, and this machine has neither a user 'postgres' nor a user 'nobody'.")
 
 
 def environment() -> dict[str, str]:
-    """Ours, less what would tell PostgreSQL to do something else than we do."""
+    """Return this environment without the variables that change how PostgreSQL behaves."""
     return {name: value for name, value in os.environ.items() if not name.startswith("PG")} | {"LC_ALL": "C"}
 
 

@@ -1,11 +1,13 @@
-"""Run the tests with each interpreter at hand, on the oldest and the newest SQLAlchemy, and print a table.
+"""Run the tests with each interpreter of this machine, on SQLAlchemy 2.0 and 2.1, and print a table.
 
-What is given goes to pytest.  Each combination has an environment of its own, with the package installed from a wheel,
-as users have it: the native one, or the pure one where there is no native module for the interpreter.  What cannot run
-there is skipped with the reason, which stands below the table.
+    python scripts/test_all.py [ARGUMENT OF PYTEST]...
 
-Free-threaded interpreters run everything with the GIL, which greenlet turns on where it does not know better, and what
-needs no database once more without it.
+Each combination has its own environment, into which the package is installed from a wheel, as users install it: the
+native wheel, or the pure wheel if the interpreter has no native module. Tests that cannot run with an interpreter are
+skipped. The reasons are printed below the table.
+
+A free-threaded interpreter runs all tests with the GIL, because a release of greenlet that does not support free
+threading enables the GIL. The tests that need no database run once more without the GIL.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from interpreters import Interpreter, interpreters
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / ".cache" / "test-all"
 SQLALCHEMY = {"2.0": "sqlalchemy[asyncio]>=2.0.40,<2.1", "2.1": "sqlalchemy[asyncio]>=2.1,<2.2"}
-# Where threads and the native module meet.
+# The tests of the native module with threads. They need no database.
 WITHOUT_GIL = [f"tests/test_{name}.py" for name in ("threads", "native_awaitable", "isolated", "parity_of_objects")]
 COUNTS = re.compile(r"^(native|python|neither) +(\d+) passed, (\d+) failed, (\d+) skipped$", re.MULTILINE)
 
@@ -48,8 +50,8 @@ class Row:
 
 
 def main() -> None:
-    print(f"-- Into {FOLDER.relative_to(ROOT)}: the output of each run, and the environments")
-    good = True
+    print(f"-- The output of each run and the environments are in {FOLDER.relative_to(ROOT)}")
+    all_passed = True
     rows = [Row("Interpreter", "SQLAlchemy", "driver", "backend", "passed", "failed", "skipped", "seconds")]
     notes: list[str] = []
     for interpreter in interpreters():
@@ -67,15 +69,15 @@ def main() -> None:
                 log = folder / f"{series}{name}.log"
                 found, passed = run_tests(python, options, WITHOUT_GIL if name else [], log, interpreter, name)
                 rows += found
-                good = good and passed
+                all_passed = all_passed and passed
                 print(rows[0], *found, sep="\n", flush=True)
-    print("\nAll of them:", *rows, *notes, sep="\n")
-    sys.exit(not good)
+    print("\nAll runs:", *rows, *notes, sep="\n")
+    sys.exit(not all_passed)
 
 
 def build(interpreter: Interpreter, folder: Path) -> Path:
     say(f"{interpreter.name}: building")
-    # All that is there is of an earlier state of the sources.
+    # Remove the wheels of earlier runs. They may have been built from other sources.
     for old in folder.glob("*.whl"):
         old.unlink()
     pure = "false" if interpreter.without_native is None else "true"
@@ -92,9 +94,9 @@ def environment(interpreter: Interpreter, folder: Path, wheel: Path, sqlalchemy:
     if interpreter.without_asyncpg is not None:
         needs = [each for each in needs if not each.startswith("asyncpg")]
     if interpreter.free_threaded:
-        # There is no such wheel: it takes the system's libpq.
+        # psycopg-binary has no wheel for a free-threaded Python. psycopg uses the libpq of the system.
         needs = [each.replace("psycopg[binary]", "psycopg") for each in needs]
-    # The newest release that has a wheel, rather than to compile a newer one that refuses an older interpreter.
+    # Install the newest release with a wheel. A newer release without one might not compile with this interpreter.
     wheels = ("--prefer-binary", "--only-binary=pydantic-core")
     pip(python, "install", *wheels, *needs, sqlalchemy)
     pip(python, "install", "--no-deps", "--force-reinstall", wheel)
@@ -104,7 +106,7 @@ def environment(interpreter: Interpreter, folder: Path, wheel: Path, sqlalchemy:
 def run_tests(
     python: Path, python_options: list[str], tests: list[str], log: Path, interpreter: Interpreter, name: str
 ) -> tuple[list[Row], bool]:
-    # Neither a folder of the tree nor an environment variable is to take the place of what is installed.
+    # Test the installed package: neither PYTHONPATH nor CTXALCHEMY_BACKEND may change what the tests import.
     variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "CTXALCHEMY_BACKEND")}
     url, driver, options = variables["TEST_DATABASE_URL"], "asyncpg", list[str]()
     if interpreter.without_native is not None:
@@ -137,7 +139,7 @@ def run_tests(
     ]
     if result.returncode or not rows:
         print(result.stdout[-4000:])
-        failure = f"pytest failed, with {result.returncode}: see {log.relative_to(ROOT)}"
+        failure = f"pytest failed with exit status {result.returncode}: see {log.relative_to(ROOT)}"
         rows.append(Row(interpreter.name + name, version, driver, failure))
     return rows, result.returncode == 0
 

@@ -1,8 +1,9 @@
-"""Build the sdist, the pure wheel and a native wheel for each interpreter at hand, into dist, and check them.
+"""Build the sdist, the pure wheel and a native wheel for each interpreter of this machine into dist, and check them.
 
-Everything is built from the sdist, by the project's own build backend; the pure wheel with no cargo in sight.
-The checks: what PyPI checks, the files and the metadata, which wheel pip chooses where, and the example's own checks
-with each wheel in an environment of its own.
+The wheels are built from the sdist by the build backend of this project. The pure wheel is built without cargo on PATH.
+
+The script checks what PyPI checks, the files and the metadata, and which wheel pip chooses on several platforms. It
+then installs each wheel in a separate environment and runs the checks of the example.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ DIST_INFO = f"ctxalchemy-{VERSION}.dist-info"
 FOLDERS = ("build_backend", "python", "rust")
 FILES = (".gitignore", "CHANGELOG.md", "Cargo.lock", "Cargo.toml", "LICENSE", "README.md", "build.rs", "pyproject.toml")
 
-# Where there is nothing but the pure wheel to choose, whatever is built here: pip's words for those places.
-ELSEWHERE = {
+# Platforms for which no native wheel is built here, as options of pip. pip must choose the pure wheel for them.
+OTHER_PLATFORMS = {
     "PyPy 3.11, Linux": ["--implementation=pp", "--python-version=3.11", "--platform=manylinux2014_x86_64"],
     "CPython 3.13, musl": ["--implementation=cp", "--python-version=3.13", "--platform=musllinux_1_2_x86_64"],
     "CPython 3.13, macOS": ["--implementation=cp", "--python-version=3.13", "--platform=macosx_14_0_arm64"],
@@ -43,27 +44,27 @@ ELSEWHERE = {
 
 def main() -> None:
     shutil.rmtree(DIST, ignore_errors=True)
-    all_of_them = interpreters()
+    found = interpreters()
     build_sdist()
     build(sys.executable, {"CTXALCHEMY_PURE": "1", "PATH": path_without_cargo()})
-    native = {each: build_native(each) for each in all_of_them if each.without_native is None}
+    native = {each: build_native(each) for each in found if each.without_native is None}
 
     say("Checking the files and the metadata")
     check_files(native)
     run(sys.executable, "-m", "twine", "check", "--strict", *DIST.iterdir())
 
-    rows = [(where, chosen(sys.executable, options), "") for where, options in ELSEWHERE.items()]
-    expect([choice for _, choice, _ in rows], [PURE, PURE, PURE, "nothing"], "the choice of pip")
-    for each in all_of_them:
+    rows = [(platform, chosen(sys.executable, options), "") for platform, options in OTHER_PLATFORMS.items()]
+    expect([choice for _, choice, _ in rows], [PURE, PURE, PURE, "nothing"], "the wheels that pip chooses")
+    for each in found:
         wheel = native.get(each, PURE)
-        expect(chosen(each.path), wheel, f"the choice of pip for {each.name}")
+        expect(chosen(each.path), wheel, f"the wheel that pip chooses for {each.name}")
         rows.append((each.name, wheel, try_out(each, wheel)))
-    one = all_of_them[0]
-    rows.append((one.name, PURE, try_out(one, PURE)))
+    first = found[0]
+    rows.append((first.name, PURE, try_out(first, PURE)))
 
     print()
-    for where, wheel, outcome in rows:
-        print(f"{where:<28}{wheel:<78}{outcome}")
+    for platform, wheel, outcome in rows:
+        print(f"{platform:<28}{wheel:<78}{outcome}")
 
 
 def build_sdist() -> None:
@@ -78,13 +79,13 @@ def build(python: str, environment: Mapping[str, str], *options: str) -> None:
 
 
 def build_native(interpreter: Interpreter) -> str:
-    """Build its wheel, and return the name of that."""
+    """Build the native wheel for this interpreter and return its name."""
     before = set(DIST.iterdir())
-    # Elsewhere than in a temporary folder, so that what all need is compiled once.
+    # A common target folder, so that crates that all wheels need are compiled once.
     environment = {"CARGO_TARGET_DIR": str(ROOT / "target" / "wheels")}
     options = []
     if sys.platform == "linux":
-        # zig links against a C library as old as manylinux2014's; maturin verifies what comes out.
+        # zig links against the C library version of manylinux2014. maturin checks the result.
         environment["CARGO_ZIGBUILD_ZIG_PATH"] = str(distribution("ziglang").locate_file("ziglang/zig"))
         options = ["--config-settings=build-args=--compatibility manylinux2014 --zig"]
     build(interpreter.path, environment, *options)
@@ -93,7 +94,7 @@ def build_native(interpreter: Interpreter) -> str:
 
 
 def check_files(native: Mapping[Interpreter, str]) -> None:
-    """Compare the files of each with what is in the repository, and the metadata with each other."""
+    """Compare the files of the sdist and of each wheel with the repository, and their metadata with each other."""
     with tarfile.open(DIST / SDIST) as archive:
         found = {name.partition("/")[2] for name in archive.getnames()}
     expect(found, {"PKG-INFO", *FILES, *sources(*FOLDERS)}, SDIST)
@@ -108,16 +109,16 @@ def check_files(native: Mapping[Interpreter, str]) -> None:
         expect(wheel.startswith(f"ctxalchemy-{VERSION}-{tag}"), True, f"the tag of {wheel}")
         if sys.platform == "linux":
             expect("manylinux2014" in wheel, True, f"the tag of {wheel}")
-        more = names(wheel) - package - info
-        modules = {name for name in more if name.startswith("ctxalchemy/_native.")}
+        extra = names(wheel) - package - info
+        modules = {name for name in extra if name.startswith("ctxalchemy/_native.")}
         expect(len(modules), 1, f"the number of native modules in {wheel}")
-        # The crates that are linked in, listed by maturin.
-        expect(more - modules, {f"{DIST_INFO}/sboms/ctxalchemy.cyclonedx.json"}, wheel)
+        # maturin adds a list of the crates that are linked into the module.
+        expect(extra - modules, {f"{DIST_INFO}/sboms/ctxalchemy.cyclonedx.json"}, wheel)
         expect(metadata_of(wheel), metadata, f"the metadata of {wheel}")
 
 
 def sources(*folders: str) -> set[str]:
-    """The files in these folders, without what was built there."""
+    """Return the files in these folders, without build products."""
     paths = (path for folder in folders for path in (ROOT / folder).rglob("*"))
     ours = {path for path in paths if path.is_file() and path.suffix not in (".so", ".pyd", ".pyc")}
     return {path.relative_to(ROOT).as_posix() for path in ours}
@@ -128,7 +129,7 @@ def names(wheel: str) -> set[str]:
 
 
 def metadata_of(wheel: str) -> list[tuple[str, str]]:
-    """The fields, in one order and one style: both builders say the same in their own."""
+    """Return the metadata in a normalized form, because maturin and hatchling write it differently."""
     with zipfile.ZipFile(DIST / wheel) as archive:
         message = email.message_from_bytes(archive.read(f"{DIST_INFO}/METADATA"))
     fields = [(name, plain(name, value)) for name, value in message.items()]
@@ -147,7 +148,7 @@ def plain(name: str, value: str) -> str:
 
 
 def chosen(python: str, options: Iterable[str] = ()) -> str:
-    """The name of the wheel that pip takes from dist, or 'nothing'."""
+    """Return the name of the wheel that pip chooses from dist, or ``nothing``."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "--python", python, "download", "--quiet", "--no-deps", "--no-index"]
         command += ["--only-binary=:all:", f"--find-links={DIST}", f"--dest={folder}", *options, "ctxalchemy"]
@@ -156,37 +157,37 @@ def chosen(python: str, options: Iterable[str] = ()) -> str:
 
 
 def try_out(interpreter: Interpreter, wheel: str) -> str:
-    """Run the example's checks with nothing but this wheel, and what the example needs, installed."""
+    """Run the checks of the example in an environment that contains only this wheel and what the example needs."""
     say(f"Trying {wheel} with {interpreter.name}")
-    # The demo's databases are SQLite's: no driver that may have no wheel for this interpreter.
+    # The demo uses SQLite, so it does not need asyncpg, which may have no wheel for this interpreter.
     needs = [each for each in GROUPS["demo"] if not each.startswith("asyncpg")]
     backend = "python" if wheel == PURE else "native"
     with tempfile.TemporaryDirectory() as folder:
         python = Path(folder, "bin", "python")
         run(interpreter.path, "-m", "venv", "--without-pip", folder)
-        # The newest release that has a wheel, rather than to compile a newer one that refuses an older interpreter.
+        # Install the newest release with a wheel. A newer one might not compile with this interpreter.
         wheels = ("--prefer-binary", "--only-binary=pydantic-core")
         run(sys.executable, "-m", "pip", "--python", python, "install", *wheels, DIST / wheel, *needs)
         environment = {"CTXALCHEMY_BACKEND": "auto", "DATABASE_URL": "", "PYTHONPATH": ""}
-        where = "import ctxalchemy; print(ctxalchemy.BACKEND, ctxalchemy.__file__)"
-        found, file = output(python, "-c", where, environment=environment).split()
-        expect((found, Path(file).is_relative_to(folder)), (backend, True), f"what {wheel} installs")
+        code = "import ctxalchemy; print(ctxalchemy.BACKEND, ctxalchemy.__file__)"
+        loaded, file = output(python, "-c", code, environment=environment).split()
+        expect((loaded, Path(file).is_relative_to(folder)), (backend, True), f"what {wheel} installs")
         if interpreter.without_greenlet is not None:
-            return f"{backend}: imported only: {interpreter.without_greenlet}"
+            return f"{backend}: imported only, because {interpreter.without_greenlet}"
         last = output(python, ROOT / "examples" / "demo.py", environment=environment).splitlines()[-1]
         return f"{backend}: {last}"
 
 
 def path_without_cargo() -> str:
-    places = os.environ["PATH"].split(os.pathsep)
-    return os.pathsep.join(place for place in places if shutil.which("cargo", path=place) is None)
+    folders = os.environ["PATH"].split(os.pathsep)
+    return os.pathsep.join(folder for folder in folders if shutil.which("cargo", path=folder) is None)
 
 
 def expect(found: object, wanted: object, what: str) -> None:
     if found != wanted:
         if isinstance(found, set) and isinstance(wanted, set):
             found, wanted = set[object](found) - wanted, set[object](wanted) - found
-        sys.exit(f"{what}: expected\n{wanted}\nand found\n{found}")
+        sys.exit(f"{what}: expected\n{wanted}\nbut found\n{found}")
 
 
 def output(*command: str | Path, environment: Mapping[str, str]) -> str:
