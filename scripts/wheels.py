@@ -33,11 +33,12 @@ DIST_INFO = f"ctxalchemy-{VERSION}.dist-info"
 FOLDERS = ("build_backend", "python", "rust")
 FILES = (".gitignore", "CHANGELOG.md", "Cargo.lock", "Cargo.toml", "LICENSE", "README.md", "build.rs", "pyproject.toml")
 
+FOREIGN = ("Linux", "manylinux2014_x86_64") if sys.platform == "darwin" else ("macOS", "macosx_14_0_arm64")
 # Platforms for which no native wheel is built here, as options of pip. pip must choose the pure wheel for them.
 OTHER_PLATFORMS = {
     "PyPy 3.11, Linux": ["--implementation=pp", "--python-version=3.11", "--platform=manylinux2014_x86_64"],
     "CPython 3.13, musl": ["--implementation=cp", "--python-version=3.13", "--platform=musllinux_1_2_x86_64"],
-    "CPython 3.13, macOS": ["--implementation=cp", "--python-version=3.13", "--platform=macosx_14_0_arm64"],
+    f"CPython 3.13, {FOREIGN[0]}": ["--implementation=cp", "--python-version=3.13", f"--platform={FOREIGN[1]}"],
     "CPython 3.10 to be refused": ["--implementation=cp", "--python-version=3.10", "--platform=manylinux2014_x86_64"],
 }
 
