@@ -21,7 +21,7 @@ EXTENSIONS := python/ctxalchemy/_native*.so python/ctxalchemy/_native*.pyd
 LINTERS := ruff-check ruff-format mypy pyright stubtest verifytypes rustfmt clippy cargo-test
 
 .DEFAULT_GOAL := help
-.PHONY: help test test-all wheels memcheck asan lint format docs docs-serve examples demo serve soak bench \
+.PHONY: help test test-all coverage wheels memcheck asan lint format docs docs-serve examples demo serve soak bench \
 	bench-gate bench-gate-update clean $(LINTERS)
 
 help:  ## List the targets.
@@ -37,6 +37,10 @@ test:  ## Run the tests on both backends, with a temporary PostgreSQL. ARGS="-k 
 lint:  ## Run all linters, the type checkers and the tests of the Rust crate.
 	@$(SET_UP) --need-native test examples bench lint
 	@$(MAKE) --no-print-directory --keep-going $(LINTERS)
+
+coverage:  ## Run the tests with coverage of Python and Rust, and write target/coverage/results/lcov.info.
+	@$(SET_UP) --need-native test coverage
+	@$(POSTGRES) $(VENV_PYTHON) scripts/measure_coverage.py $(ARGS)
 
 test-all:  ## Run the tests with every Python of this machine, on SQLAlchemy 2.0 and 2.1, and print a table.
 	@$(SET_UP) --need-native test
