@@ -18,10 +18,11 @@ MEMCHECK := PYTHONMALLOC=malloc CTXALCHEMY_BACKEND=native valgrind -q --undef-va
 ASAN := LD_PRELOAD=$$($(CC) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=8 PYTHONMALLOC=malloc \
 	PYTHONPATH=target/asan/package CTXALCHEMY_BACKEND=native $(VENV_PYTHON)
 EXTENSIONS := python/ctxalchemy/_native*.so python/ctxalchemy/_native*.pyd
-LINTERS := ruff-check ruff-format mypy pyright stubtest verifytypes rustfmt clippy cargo-test
+QUICK_LINTERS := ruff-check ruff-format mypy rustfmt check-workflows
+LINTERS := $(QUICK_LINTERS) pyright stubtest verifytypes clippy cargo-test
 
 .DEFAULT_GOAL := help
-.PHONY: help test test-all coverage wheels memcheck asan lint format docs docs-serve examples demo serve soak bench \
+.PHONY: help test test-all coverage wheels memcheck asan lint hooks format docs docs-serve examples demo serve soak bench \
 	bench-gate bench-gate-update clean $(LINTERS)
 
 help:  ## List the targets.
@@ -37,6 +38,10 @@ test:  ## Run the tests on both backends, with a temporary PostgreSQL. ARGS="-k 
 lint:  ## Run all linters, the type checkers and the tests of the Rust crate.
 	@$(SET_UP) --need-native test examples bench lint
 	@$(MAKE) --no-print-directory --keep-going $(LINTERS)
+
+hooks:  ## Install the Git hook that runs the quick linters before each commit.
+	@$(SET_UP) test examples bench lint
+	@$(VENV_PYTHON) -m pre_commit install
 
 coverage:  ## Run the tests with coverage of Python and Rust, and write target/coverage/results/lcov.info.
 	@$(SET_UP) --need-native test coverage
@@ -117,7 +122,7 @@ clean:  ## Remove .venv and everything that was built.
 	rm -rf .venv target dist site .mypy_cache .pytest_cache .ruff_cache $(EXTENSIONS)
 	find bench build_backend examples python scripts tests -name __pycache__ -prune -exec rm -rf {} +
 
-# The parts of `make lint`. They need a .venv that `make lint` has set up.
+# The parts of `make lint`. They need a .venv that `make lint` or `make hooks` has set up.
 
 ruff-check:
 	$(VENV_PYTHON) -m ruff check .
@@ -138,6 +143,13 @@ stubtest:
 # Check that everything public has a declared type. pyright uses the package of the `python` on PATH.
 verifytypes:
 	PATH="$(CURDIR)/.venv/bin:$$PATH" python -m pyright --ignoreexternal --verifytypes ctxalchemy
+
+# Check the security of the GitHub workflows, and the schemas of the files in .github.
+check-workflows:
+	.venv/bin/zizmor --offline --quiet --no-progress --min-severity=medium .github
+	.venv/bin/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	.venv/bin/check-jsonschema --quiet --builtin-schema vendor.dependabot .github/dependabot.yml
+	.venv/bin/check-jsonschema --quiet --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/*.yml
 
 rustfmt:
 	cargo fmt --all --check
