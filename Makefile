@@ -18,8 +18,7 @@ MEMCHECK := PYTHONMALLOC=malloc CTXALCHEMY_BACKEND=native valgrind -q --undef-va
 ASAN := LD_PRELOAD=$$($(CC) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=8 PYTHONMALLOC=malloc \
 	PYTHONPATH=target/asan/package CTXALCHEMY_BACKEND=native $(VENV_PYTHON)
 EXTENSIONS := python/ctxalchemy/_native*.so python/ctxalchemy/_native*.pyd
-QUICK_LINTERS := ruff-check ruff-format mypy rustfmt check-workflows
-LINTERS := $(QUICK_LINTERS) pyright stubtest verifytypes clippy cargo-test
+LINTERS := ruff-check ruff-format mypy pyright stubtest verifytypes check-workflows rustfmt clippy cargo-test
 
 .DEFAULT_GOAL := help
 .PHONY: help test test-all coverage wheels memcheck asan lint hooks format docs docs-serve examples demo serve soak bench \
