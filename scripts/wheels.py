@@ -39,7 +39,7 @@ OTHER_PLATFORMS = {
     "PyPy 3.11, Linux": ["--implementation=pp", "--python-version=3.11", "--platform=manylinux2014_x86_64"],
     "CPython 3.13, musl": ["--implementation=cp", "--python-version=3.13", "--platform=musllinux_1_2_x86_64"],
     f"CPython 3.13, {FOREIGN[0]}": ["--implementation=cp", "--python-version=3.13", f"--platform={FOREIGN[1]}"],
-    "CPython 3.10 to be refused": ["--implementation=cp", "--python-version=3.10", "--platform=manylinux2014_x86_64"],
+    "CPython 3.10 (refused)": ["--implementation=cp", "--python-version=3.10", "--platform=manylinux2014_x86_64"],
 }
 
 
