@@ -1,4 +1,6 @@
-//! How the coroutine of `db_session()` runs: as that of the `async def` in `ctxalchemy._pure` does.
+//! `db_session`, and what its coroutine does: the same as the coroutine of the `async def` in `ctxalchemy._pure`.
+
+use std::ffi::CStr;
 
 use pyo3::exceptions::{PyGeneratorExit, PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
@@ -7,88 +9,148 @@ use pyo3::types::{PyNone, PyTuple, PyType};
 use pyo3::{IntoPyObjectExt, intern};
 
 use crate::lookup::{self, Found};
-use crate::raw::{Coroutine, Raised, Sent, State, caught};
+use crate::raw::{
+    Argument, Attribute, Coroutine, CoroutineBody, Outcome, Raised, Running, SendResult, State, catch_panic,
+};
 
-/// Run it from where it is to where it waits, or to its end.
-///
-/// Called without a guard against panics, which costs a tenth of it: only the cold paths have one.
+pub fn install(py: Python<'_>) -> PyResult<()> {
+    Coroutine::install::<DbSession>(py)
+}
+
 #[inline(always)]
-pub fn send<'py>(coroutine: &Coroutine, value: &Bound<'py, PyAny>) -> Result<Sent<'py>, Raised> {
-    let py = value.py();
-    if !value.is_none() || !coroutine.claim(State::New) {
-        return caught(|| Ok(resume(coroutine, value)?));
+pub fn db_session<'py>(_: Python<'py>, connect: Argument<'_, 'py>) -> Outcome<'py> {
+    Coroutine::create(connect)
+}
+
+/// The body of the coroutine.
+struct DbSession;
+
+impl CoroutineBody for DbSession {
+    const ATTRIBUTES: &'static [(&'static CStr, Attribute)] = &[
+        (c"__name__", name),
+        (c"__qualname__", name),
+        (c"__class__", class),
+        (c"cr_running", cr_running),
+        (c"cr_suspended", cr_suspended),
+        (c"cr_state", cr_state),
+        (c"cr_await", cr_await),
+        (c"cr_frame", cr_frame),
+        (c"cr_code", cr_code),
+        (c"cr_origin", cr_origin),
+    ];
+
+    /// Only the slow paths convert a panic into an exception, because the conversion takes a tenth of the time of this
+    /// function.
+    #[inline(always)]
+    fn send<'a, 'py>(
+        coroutine: &'a Bound<'py, Coroutine>,
+        value: &Bound<'py, PyAny>,
+    ) -> Result<SendResult<'a, 'py>, Raised> {
+        if value.is_none()
+            && let Some(running) = Coroutine::start(coroutine)
+        {
+            return match lookup::find(coroutine.py(), Coroutine::connect(coroutine))? {
+                Found::Session(session) => Ok(running.return_value(session)),
+                Found::NoSession(store) => catch_panic(|| wait(coroutine, running, store)),
+            };
+        }
+        catch_panic(|| resume(coroutine, value))
     }
-    match lookup::find(py, coroutine.connect(py)) {
-        Ok(Found::Session(session)) => {
-            coroutine.release(State::Done);
-            Ok(Sent::Returned(session))
+
+    fn throw<'py>(coroutine: &Bound<'py, Coroutine>, arguments: &Bound<'py, PyTuple>) -> PyResult<Bound<'py, PyAny>> {
+        let py = coroutine.py();
+        if let Some(running) = Coroutine::start(coroutine) {
+            // A new coroutine of the reference implementation replaces this one, which has not run yet.  The other
+            // coroutine fails with the exception at its first line.  If the arguments are wrong, it raises an error and
+            // remains new.
+            let other = new_reference_coroutine(coroutine)?;
+            let thrown = other.call_method1(intern!(py, "throw"), arguments);
+            let is_done = other.getattr(intern!(py, "cr_frame"))?.is_none();
+            other.call_method0(intern!(py, "close"))?;
+            if !is_done {
+                running.undo_start();
+            }
+            return thrown;
         }
-        Ok(Found::NotYetIn(store)) => caught(|| Ok(begin(coroutine, store)?)),
-        Err(Raised) => {
-            coroutine.release(State::Done);
-            Err(Raised)
+        let Some((running, awaited)) = run_suspended(coroutine)? else {
+            return Err(already_executing());
+        };
+        let thrown = if is_generator_exit(arguments) {
+            // The awaited coroutine is closed first.  Then the exception is raised, unless closing raised another one.
+            let closed = awaited.call_method0(intern!(py, "close"));
+            closed.and_then(|_| new_reference_coroutine(coroutine)?.call_method1(intern!(py, "throw"), arguments))
+        } else {
+            awaited.call_method1(intern!(py, "throw"), arguments)
+        };
+        if thrown.is_ok() {
+            running.suspend();
         }
+        thrown
+    }
+
+    fn close(coroutine: &Bound<'_, Coroutine>) -> PyResult<()> {
+        let py = coroutine.py();
+        if let Some(running) = Coroutine::start(coroutine) {
+            drop(running);
+        } else if Coroutine::state(coroutine) != State::Done
+            && let Some((running, awaited)) = run_suspended(coroutine)?
+        {
+            let closed = awaited.call_method0(intern!(py, "close"));
+            if closed.is_err() {
+                // `create_session` may have caught the exception, and may wait again.
+                running.suspend();
+            }
+            closed?;
+        }
+        Ok(())
     }
 }
 
-/// Begin to wait for `create_session`.  The state is `Running`.
+/// Wait for `create_session`.
 #[cold]
-fn begin<'py>(coroutine: &Coroutine, store: Bound<'py, PyAny>) -> PyResult<Sent<'py>> {
-    let py = store.py();
-    match lookup::make(store, coroutine.connect(py)) {
-        Ok(inner) => {
-            coroutine.set_inner(&inner);
-            run(coroutine, &inner, PyNone::get(py).as_any())
-        }
-        Err(error) => {
-            coroutine.release(State::Done);
-            Err(error)
-        }
-    }
+fn wait<'a, 'py>(
+    coroutine: &'a Bound<'py, Coroutine>,
+    running: Running<'a, 'py>,
+    store: Bound<'py, PyAny>,
+) -> Result<SendResult<'a, 'py>, Raised> {
+    let awaited = lookup::create_session(store, Coroutine::connect(coroutine))?;
+    running.set_awaited(awaited.clone());
+    running.send(&awaited, PyNone::get(coroutine.py()).as_any())
 }
 
 #[cold]
-fn resume<'py>(coroutine: &Coroutine, value: &Bound<'py, PyAny>) -> PyResult<Sent<'py>> {
-    match claim_suspended(coroutine, value.py())? {
-        Some(inner) => run(coroutine, &inner, value),
-        None => Err(PyTypeError::new_err("can't send non-None value to a just-started coroutine")),
+fn resume<'a, 'py>(
+    coroutine: &'a Bound<'py, Coroutine>,
+    value: &Bound<'py, PyAny>,
+) -> Result<SendResult<'a, 'py>, Raised> {
+    match run_suspended(coroutine)? {
+        Some((running, awaited)) => running.send(&awaited, value),
+        None => Err(PyTypeError::new_err("can't send non-None value to a just-started coroutine").into()),
     }
 }
 
-/// Send into `create_session`.  The state is `Running`.
-fn run<'py>(coroutine: &Coroutine, inner: &Bound<'py, PyAny>, value: &Bound<'py, PyAny>) -> PyResult<Sent<'py>> {
-    let sent = Coroutine::send_inner(inner, value);
-    coroutine.release(if matches!(sent, Ok(Sent::Yielded(_))) { State::Suspended } else { State::Done });
-    sent
-}
+/// A suspended coroutine, and what it waits for.
+type Suspended<'a, 'py> = (Running<'a, 'py>, Bound<'py, PyAny>);
 
-/// Raise an exception inside it.
-pub fn throw<'py>(coroutine: &Coroutine, arguments: &Bound<'py, PyTuple>) -> PyResult<Bound<'py, PyAny>> {
-    let py = arguments.py();
-    if coroutine.claim(State::New) {
-        // Nothing has run, so that the twin's coroutine can stand in: it fails with the exception at
-        // its first line, or says what is wrong with the arguments and is as it was.
-        let twin = unstarted_twin(py, coroutine)?;
-        let thrown = twin.call_method1(intern!(py, "throw"), arguments);
-        let failed = twin.getattr(intern!(py, "cr_frame"))?.is_none();
-        twin.call_method0(intern!(py, "close"))?;
-        coroutine.release(if failed { State::Done } else { State::New });
-        return thrown;
+/// Run the coroutine if it is suspended.  The result is None if the coroutine is new.
+fn run_suspended<'a, 'py>(coroutine: &'a Bound<'py, Coroutine>) -> PyResult<Option<Suspended<'a, 'py>>> {
+    if let Some(running) = Coroutine::resume(coroutine)
+        && let Some(awaited) = Coroutine::awaited(coroutine)
+    {
+        return Ok(Some((running, awaited)));
     }
-    let Some(inner) = claim_suspended(coroutine, py)? else {
-        return Err(executing());
-    };
-    let thrown = if is_generator_exit(arguments) {
-        // What is waited for is closed first, and the exception raised whatever came of that.
-        let closed = inner.call_method0(intern!(py, "close"));
-        closed.and_then(|_| unstarted_twin(py, coroutine)?.call_method1(intern!(py, "throw"), arguments))
-    } else {
-        inner.call_method1(intern!(py, "throw"), arguments)
-    };
-    coroutine.release(if thrown.is_ok() { State::Suspended } else { State::Done });
-    thrown
+    match Coroutine::state(coroutine) {
+        State::New => Ok(None),
+        State::Done => Err(PyRuntimeError::new_err("cannot reuse already awaited coroutine")),
+        State::Running | State::Suspended => Err(already_executing()),
+    }
 }
 
+fn already_executing() -> PyErr {
+    PyValueError::new_err("coroutine already executing")
+}
+
+/// Whether the arguments of `throw()` are those for a GeneratorExit.
 fn is_generator_exit(arguments: &Bound<'_, PyTuple>) -> bool {
     let class = arguments.py().get_type::<PyGeneratorExit>();
     arguments.get_item(0).is_ok_and(|thrown| match thrown.cast::<PyType>() {
@@ -97,65 +159,28 @@ fn is_generator_exit(arguments: &Bound<'_, PyTuple>) -> bool {
     })
 }
 
-/// Raise GeneratorExit inside it.
-pub fn close<'py>(py: Python<'py>, coroutine: &Coroutine) -> PyResult<Bound<'py, PyAny>> {
-    if coroutine.claim(State::New) {
-        coroutine.release(State::Done);
-    } else if coroutine.state() != State::Done
-        && let Some(inner) = claim_suspended(coroutine, py)?
-    {
-        let closed = inner.call_method0(intern!(py, "close"));
-        // It may go on where it refuses to: `create_session` knows.
-        coroutine.release(if closed.is_ok() { State::Done } else { State::Suspended });
-        closed?;
-    }
-    Ok(py.None().into_bound(py))
+fn name<'py>(coroutine: &Bound<'py, Coroutine>) -> PyResult<Bound<'py, PyAny>> {
+    Ok(intern!(coroutine.py(), "db_session").clone().into_any())
 }
 
-/// Set the state from `Suspended` to `Running`, and return what is waited for.  None: it is new.
-fn claim_suspended<'py>(coroutine: &Coroutine, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
-    if coroutine.claim(State::Suspended)
-        && let Some(inner) = coroutine.inner(py)
-    {
-        return Ok(Some(inner));
-    }
-    match coroutine.state() {
-        State::New => Ok(None),
-        State::Done => Err(PyRuntimeError::new_err("cannot reuse already awaited coroutine")),
-        State::Running | State::Suspended => Err(executing()),
-    }
-}
-
-fn executing() -> PyErr {
-    PyValueError::new_err("coroutine already executing")
-}
-
-/// What an `await` gets to hear while another one waits.
-pub fn awaited_already() -> PyErr {
-    PyRuntimeError::new_err("coroutine is being awaited already")
-}
-
-pub fn name<'py>(py: Python<'py>, _: &Coroutine) -> PyResult<Bound<'py, PyAny>> {
-    Ok(intern!(py, "db_session").clone().into_any())
-}
-
-/// `__class__`: `inspect.iscoroutine` and `isinstance(..., types.CoroutineType)` say yes.
-pub fn class<'py>(py: Python<'py>, _: &Coroutine) -> PyResult<Bound<'py, PyAny>> {
+/// Makes `inspect.iscoroutine` and `isinstance(..., types.CoroutineType)` return True.
+fn class<'py>(coroutine: &Bound<'py, Coroutine>) -> PyResult<Bound<'py, PyAny>> {
     static CLASS: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
-    Ok(CLASS.import(py, "types", "CoroutineType")?.clone())
+    Ok(CLASS.import(coroutine.py(), "types", "CoroutineType")?.clone())
 }
 
-pub fn is_running<'py>(py: Python<'py>, coroutine: &Coroutine) -> PyResult<Bound<'py, PyAny>> {
-    (coroutine.state() == State::Running).into_bound_py_any(py)
+fn cr_running<'py>(coroutine: &Bound<'py, Coroutine>) -> PyResult<Bound<'py, PyAny>> {
+    (Coroutine::state(coroutine) == State::Running).into_bound_py_any(coroutine.py())
 }
 
-pub fn is_suspended<'py>(py: Python<'py>, coroutine: &Coroutine) -> PyResult<Bound<'py, PyAny>> {
-    (coroutine.state() == State::Suspended).into_bound_py_any(py)
+fn cr_suspended<'py>(coroutine: &Bound<'py, Coroutine>) -> PyResult<Bound<'py, PyAny>> {
+    (Coroutine::state(coroutine) == State::Suspended).into_bound_py_any(coroutine.py())
 }
 
-/// `cr_state`, which `inspect` looks at from 3.15 on.
-pub fn state<'py>(py: Python<'py>, coroutine: &Coroutine) -> PyResult<Bound<'py, PyAny>> {
-    let state = match coroutine.state() {
+/// Since CPython 3.15, `inspect` reads this attribute.
+fn cr_state<'py>(coroutine: &Bound<'py, Coroutine>) -> PyResult<Bound<'py, PyAny>> {
+    let py = coroutine.py();
+    let state = match Coroutine::state(coroutine) {
         State::New => intern!(py, "CORO_CREATED"),
         State::Running => intern!(py, "CORO_RUNNING"),
         State::Suspended => intern!(py, "CORO_SUSPENDED"),
@@ -164,38 +189,43 @@ pub fn state<'py>(py: Python<'py>, coroutine: &Coroutine) -> PyResult<Bound<'py,
     Ok(state.clone().into_any())
 }
 
-pub fn awaited<'py>(py: Python<'py>, coroutine: &Coroutine) -> PyResult<Bound<'py, PyAny>> {
-    let suspended = coroutine.state() == State::Suspended;
-    suspended.then(|| coroutine.inner(py)).flatten().into_bound_py_any(py)
+fn cr_await<'py>(coroutine: &Bound<'py, Coroutine>) -> PyResult<Bound<'py, PyAny>> {
+    let suspended = Coroutine::state(coroutine) == State::Suspended;
+    suspended.then(|| Coroutine::awaited(coroutine)).flatten().into_bound_py_any(coroutine.py())
 }
 
-/// It has no frame of its own: before the first step a fresh one, then the one that waits.
-pub fn frame<'py>(py: Python<'py>, coroutine: &Coroutine) -> PyResult<Bound<'py, PyAny>> {
-    if coroutine.state() == State::New {
-        let twin = unstarted_twin(py, coroutine)?;
-        let frame = twin.getattr(intern!(py, "cr_frame"));
-        twin.call_method0(intern!(py, "close"))?;
+/// The coroutine has no frame.  The value is the frame of a new coroutine of the reference implementation, and later the
+/// frame of the awaited coroutine.
+fn cr_frame<'py>(coroutine: &Bound<'py, Coroutine>) -> PyResult<Bound<'py, PyAny>> {
+    let py = coroutine.py();
+    if Coroutine::state(coroutine) == State::New {
+        let other = new_reference_coroutine(coroutine)?;
+        let frame = other.getattr(intern!(py, "cr_frame"));
+        other.call_method0(intern!(py, "close"))?;
         return frame;
     }
-    let inner = coroutine.inner(py).filter(|_| coroutine.state() != State::Done);
-    inner.map_or_else(|| Ok(py.None().into_bound(py)), |inner| inner.getattr(intern!(py, "cr_frame")))
+    match Coroutine::awaited(coroutine) {
+        Some(awaited) if Coroutine::state(coroutine) != State::Done => awaited.getattr(intern!(py, "cr_frame")),
+        _ => Ok(py.None().into_bound(py)),
+    }
 }
 
-pub fn code<'py>(py: Python<'py>, _: &Coroutine) -> PyResult<Bound<'py, PyAny>> {
-    twin(py)?.getattr(intern!(py, "__code__"))
+fn cr_code<'py>(coroutine: &Bound<'py, Coroutine>) -> PyResult<Bound<'py, PyAny>> {
+    reference(coroutine.py())?.getattr(intern!(coroutine.py(), "__code__"))
 }
 
-/// Where it was made is not tracked.
-pub fn origin<'py>(py: Python<'py>, _: &Coroutine) -> PyResult<Bound<'py, PyAny>> {
-    Ok(py.None().into_bound(py))
+/// The traceback of the creation of the coroutine, which is not recorded.
+fn cr_origin<'py>(coroutine: &Bound<'py, Coroutine>) -> PyResult<Bound<'py, PyAny>> {
+    Ok(coroutine.py().None().into_bound(coroutine.py()))
 }
 
-fn unstarted_twin<'py>(py: Python<'py>, coroutine: &Coroutine) -> PyResult<Bound<'py, PyAny>> {
-    twin(py)?.call1((coroutine.connect(py),))
+/// A new coroutine of the reference implementation, for the same database.
+fn new_reference_coroutine<'py>(coroutine: &Bound<'py, Coroutine>) -> PyResult<Bound<'py, PyAny>> {
+    reference(coroutine.py())?.call1((Coroutine::connect(coroutine),))
 }
 
-/// The `async def`.
-fn twin(py: Python<'_>) -> PyResult<&Bound<'_, PyAny>> {
-    static TWIN: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
-    TWIN.import(py, "ctxalchemy._pure", "db_session")
+/// The `async def` of the reference implementation.
+fn reference(py: Python<'_>) -> PyResult<&Bound<'_, PyAny>> {
+    static REFERENCE: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    REFERENCE.import(py, "ctxalchemy._pure", "db_session")
 }

@@ -1,12 +1,13 @@
-//! The exceptions that both backends raise, made where their wording is written.
+//! The exceptions that both backends raise.  The Python module `_errors` has their messages, and creates them.
 
 use std::convert::Infallible;
 
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 
-use crate::raw::{Raised, caught};
+use crate::raw::{Raised, catch_panic};
 
+/// The Python functions that create an exception.
 struct Errors {
     no_context: Py<PyAny>,
     closed_context: Py<PyAny>,
@@ -29,23 +30,24 @@ pub fn install(py: Python<'_>) -> PyResult<()> {
 
 #[cold]
 pub fn no_context(py: Python<'_>) -> Raised {
-    made(py, |errors| &errors.no_context)
+    raise(py, |errors| &errors.no_context)
 }
 
 #[cold]
 pub fn closed_context(py: Python<'_>) -> Raised {
-    made(py, |errors| &errors.closed_context)
+    raise(py, |errors| &errors.closed_context)
 }
 
 #[cold]
 pub fn context_already_open(py: Python<'_>) -> Raised {
-    made(py, |errors| &errors.context_already_open)
+    raise(py, |errors| &errors.context_already_open)
 }
 
-fn made(py: Python<'_>, which: fn(&Errors) -> &Py<PyAny>) -> Raised {
-    let Err(raised) = caught::<Infallible>(|| {
+/// Raise the exception that this function creates.
+fn raise(py: Python<'_>, function: fn(&Errors) -> &Py<PyAny>) -> Raised {
+    let Err(raised) = catch_panic::<Infallible>(|| {
         let errors = ERRORS.get(py).expect("set when the module is imported");
-        Err(PyErr::from_value(which(errors).bind(py).call0()?).into())
+        Err(PyErr::from_value(function(errors).bind(py).call0()?).into())
     });
     raised
 }

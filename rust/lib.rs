@@ -1,24 +1,39 @@
-//! The native backend: the context and its sessions, call for call as in `ctxalchemy._pure`.
+//! The native backend.  It has the names and the behaviour of the reference implementation, `ctxalchemy._pure`.
 
 mod context;
 mod coroutine;
 mod errors;
 mod lookup;
+mod python_function;
 #[allow(unsafe_code)]
 mod raw;
+mod session_store;
 mod slots;
-mod store;
 
 use pyo3::prelude::*;
 
-/// What Python sees.  Each function looks like its twin of the same name, and has the body that is named here.
+/// The module that Python imports.
 #[pymodule(gil_used = false)]
 mod _native {
     use pyo3::prelude::*;
     use pyo3::sync::PyOnceLock;
 
-    use crate::raw::{self, Body, function};
-    use crate::{context, errors, lookup, store};
+    use crate::context::{init_db_session_ctx, is_context_initiated, open_context, reset_context};
+    use crate::coroutine::{self, db_session};
+    use crate::lookup::{self, db_session_nowait};
+    use crate::python_function::{NewFunction, python_function};
+    use crate::raw::{self, ContextVar};
+    use crate::{errors, session_store};
+
+    /// The functions, and their parameters besides `py`.
+    const FUNCTIONS: &[(&str, NewFunction)] = &[
+        ("open_context", python_function!(unguarded open_context(manual = False))),
+        ("reset_context", python_function!(unguarded reset_context(store))),
+        ("init_db_session_ctx", python_function!(init_db_session_ctx(force = False))),
+        ("is_context_initiated", python_function!(unguarded is_context_initiated())),
+        ("db_session", python_function!(unguarded db_session(connect))),
+        ("db_session_nowait", python_function!(unguarded db_session_nowait(connect))),
+    ];
 
     type Names = Vec<(&'static str, Py<PyAny>)>;
 
@@ -33,27 +48,20 @@ mod _native {
         Ok(())
     }
 
-    fn names(twin: &Bound<'_, PyModule>) -> PyResult<Names> {
-        let py = twin.py();
+    /// The names of the module, and their values.
+    fn names(reference: &Bound<'_, PyModule>) -> PyResult<Names> {
+        let py = reference.py();
         errors::install(py)?;
         lookup::install(py)?;
-        raw::install(py)?;
-        Ok(vec![
-            ("SessionStore", store::class(&twin.getattr("SessionStore")?)?.unbind()),
-            ("current_context", raw::current_function(py)?.unbind()),
-            named::<1, context::OpenContext>(twin, "open_context")?,
-            named::<1, context::ResetContext>(twin, "reset_context")?,
-            named::<1, context::Init>(twin, "init_db_session_ctx")?,
-            named::<0, context::IsInitiated>(twin, "is_context_initiated")?,
-            named::<1, lookup::DbSession>(twin, "db_session")?,
-            named::<1, lookup::DbSessionNowait>(twin, "db_session_nowait")?,
-        ])
-    }
-
-    fn named<const N: usize, B: Body<N>>(
-        twin: &Bound<'_, PyModule>,
-        name: &'static str,
-    ) -> PyResult<(&'static str, Py<PyAny>)> {
-        Ok((name, function::<N, B>(&twin.getattr(name)?)?.unbind()))
+        coroutine::install(py)?;
+        ContextVar::install(py)?;
+        let mut names = vec![
+            ("SessionStore", session_store::class(&reference.getattr("SessionStore")?)?.unbind()),
+            ("current_context", ContextVar::get_function(py)?.unbind()),
+        ];
+        for (name, new) in FUNCTIONS {
+            names.push((name, new(&reference.getattr(*name)?)?.unbind()));
+        }
+        Ok(names)
     }
 }

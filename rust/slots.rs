@@ -1,14 +1,14 @@
-//! Keyed slots in insertion order, for the one or two keys there mostly are.
+//! Pairs of key and value in insertion order, for one or two keys in most cases.
 
-/// Pairs of key and value, both a `T`.
+/// Pairs of key and value, both of the type `T`.
 ///
-/// A key is found by a scan: up to sixteen of them that is as fast as a hash map.  One key, the
-/// common number, needs no allocation, and all is two words wide.  Whatever is replaced or removed is
-/// returned, never dropped here: the caller decides when a destructor may run.
+/// A key is found by a scan, which is as fast as a hash map for up to sixteen keys.  One key, the most common number,
+/// needs no allocation.  The type is two words wide.  A pair that is replaced or removed is returned and never dropped
+/// here: the caller decides when a destructor may run.
 #[derive(Clone)]
 pub enum Slots<T> {
     One((T, T)),
-    // Boxed, so that it fits beside the null that stands for "not one".
+    // In a box, so that it is one word wide beside the null pointer that distinguishes it from `One`.
     #[expect(clippy::box_collection)]
     Other(Option<Box<Vec<(T, T)>>>),
 }
@@ -43,7 +43,7 @@ impl<T> Slots<T> {
         self.as_slice().iter()
     }
 
-    /// The value of the key that `same` knows.
+    /// The value of the key for which `same` returns true.
     #[inline(always)]
     pub fn get(&self, same: impl Fn(&T) -> bool) -> Option<&T> {
         match self {
@@ -52,11 +52,13 @@ impl<T> Slots<T> {
         }
     }
 
-    /// Set the value of `key`, in its place if it has one, else at the end.  Returns the pair that was there.
+    /// Set the value of `key`.  A pair that replaces another one keeps its position in the order.
+    ///
+    /// Returns the pair that was replaced.
     pub fn put(&mut self, key: T, value: T, same: impl Fn(&T) -> bool) -> Option<(T, T)> {
         let pair = (key, value);
-        if let Some(place) = self.as_mut_slice().iter_mut().find(|(key, _)| same(key)) {
-            return Some(std::mem::replace(place, pair));
+        if let Some(old) = self.as_mut_slice().iter_mut().find(|(key, _)| same(key)) {
+            return Some(std::mem::replace(old, pair));
         }
         *self = match self.take() {
             Self::Other(None) => Self::One(pair),
@@ -69,7 +71,7 @@ impl<T> Slots<T> {
         None
     }
 
-    /// Remove and return the pair of the key that `same` knows.
+    /// Remove and return the pair of the key for which `same` returns true.
     pub fn pop(&mut self, same: impl Fn(&T) -> bool) -> Option<(T, T)> {
         let index = self.iter().position(|(key, _)| same(key))?;
         match self {
@@ -81,9 +83,18 @@ impl<T> Slots<T> {
         }
     }
 
-    /// Remove and return everything.
+    /// Remove and return all pairs.
     pub fn take(&mut self) -> Self {
         std::mem::replace(self, Self::new())
+    }
+
+    /// All pairs, in insertion order.
+    pub fn into_vec(self) -> Vec<(T, T)> {
+        match self {
+            Self::One(pair) => vec![pair],
+            Self::Other(Some(pairs)) => *pairs,
+            Self::Other(None) => Vec::new(),
+        }
     }
 }
 
@@ -131,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn keeps_the_place_of_a_replaced_key() {
+    fn replaced_key_keeps_its_position() {
         let mut slots = slots(&[1, 2, 3]);
         assert_eq!(put(&mut slots, 1, 11), Some((1, 10)));
         assert_eq!(put(&mut slots, 2, 22), Some((2, 20)));
@@ -141,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn keeps_the_order_when_a_key_goes() {
+    fn removing_a_key_keeps_the_order() {
         let mut slots = slots(&[1, 2, 3, 4]);
         assert_eq!(pop(&mut slots, 1), Some((1, 10)));
         assert_eq!(keys(&slots), [2, 3, 4]);
@@ -152,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn is_empty_after_the_last_key() {
+    fn is_empty_after_the_last_key_is_removed() {
         let mut slots = slots(&[1, 2]);
         pop(&mut slots, 1);
         pop(&mut slots, 2);
@@ -163,11 +174,18 @@ mod tests {
     }
 
     #[test]
-    fn gives_everything_away_in_order() {
+    fn take_returns_all_pairs_in_order() {
         let mut slots = slots(&[3, 1, 2]);
         assert_eq!(keys(&slots.take()), [3, 1, 2]);
         assert_eq!(slots.len(), 0);
         assert_eq!(get(&slots, 3), None);
+    }
+
+    #[test]
+    fn into_vec_returns_all_pairs_in_order() {
+        assert_eq!(slots(&[]).into_vec(), []);
+        assert_eq!(slots(&[3]).into_vec(), [(3, 30)]);
+        assert_eq!(slots(&[3, 1, 2]).into_vec(), [(3, 30), (1, 10), (2, 20)]);
     }
 
     #[test]
@@ -182,6 +200,7 @@ mod tests {
         Pop(u8),
         Clone,
         Take,
+        IntoVec,
     }
 
     fn operation() -> impl Strategy<Value = Operation> {
@@ -192,26 +211,28 @@ mod tests {
             2 => key.prop_map(Operation::Pop),
             1 => Just(Operation::Clone),
             1 => Just(Operation::Take),
+            1 => Just(Operation::IntoVec),
         ]
     }
 
     proptest! {
         #![proptest_config(ProptestConfig { cases: 2000, failure_persistence: None, ..ProptestConfig::default() })]
 
-        /// Whatever is done, a list of pairs does the same; and nothing that was put in is leaked or dropped twice.
+        /// Any sequence of operations has the same results as on a list of pairs.  No key or value is leaked or dropped
+        /// twice.
         #[test]
-        fn does_what_a_list_of_pairs_does(operations in vec(operation(), 0..40)) {
-            type Thing = Rc<u8>;
-            let mut slots = Slots::<Thing>::new();
-            let mut list = Vec::<(Thing, Thing)>::new();
-            let plain = |(key, value): &(Thing, Thing)| (**key, **value);
+        fn behaves_like_a_list_of_pairs(operations in vec(operation(), 0..40)) {
+            type Item = Rc<u8>;
+            let mut slots = Slots::<Item>::new();
+            let mut list = Vec::<(Item, Item)>::new();
+            let plain = |(key, value): &(Item, Item)| (**key, **value);
             for operation in operations {
                 match operation {
                     Operation::Put(key, value) => {
                         let pair = (Rc::new(key), Rc::new(value));
                         let found = slots.put(pair.0.clone(), pair.1.clone(), |each| **each == key);
                         let old = match list.iter_mut().find(|(each, _)| **each == key) {
-                            Some(place) => Some(std::mem::replace(place, pair)),
+                            Some(old) => Some(std::mem::replace(old, pair)),
                             None => {
                                 list.push(pair);
                                 None
@@ -220,8 +241,8 @@ mod tests {
                         prop_assert_eq!(found, old);
                     }
                     Operation::Get(key) => {
-                        let there = list.iter().find(|(each, _)| **each == key).map(|(_, value)| value);
-                        prop_assert_eq!(slots.get(|each| **each == key), there);
+                        let expected = list.iter().find(|(each, _)| **each == key).map(|(_, value)| value);
+                        prop_assert_eq!(slots.get(|each| **each == key), expected);
                     }
                     Operation::Pop(key) => {
                         let index = list.iter().position(|(each, _)| **each == key);
@@ -232,11 +253,15 @@ mod tests {
                         let taken = slots.take();
                         prop_assert!(taken.iter().map(plain).eq(list.drain(..).map(|pair| plain(&pair))));
                     }
+                    Operation::IntoVec => {
+                        let pairs = slots.take().into_vec();
+                        prop_assert_eq!(pairs, std::mem::take(&mut list));
+                    }
                 }
                 prop_assert_eq!(slots.len(), list.len());
                 prop_assert!(slots.iter().map(plain).eq(list.iter().map(plain)));
             }
-            // One reference here, one in the list.
+            // Each key and value has one reference in `slots`, and one in `list`.
             prop_assert!(slots.iter().all(|(key, value)| Rc::strong_count(key) == 2 && Rc::strong_count(value) == 2));
             drop(slots);
             prop_assert!(list.iter().all(|(key, value)| Rc::strong_count(key) == 1 && Rc::strong_count(value) == 1));

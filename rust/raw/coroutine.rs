@@ -1,111 +1,170 @@
-//! What `db_session()` returns: to every caller, the coroutine of an `async def`.
+//! The object that `db_session()` returns.  Callers cannot distinguish it from the coroutine of an `async def`.
+//!
+//! This module has the memory layout, the state, and the functions that the interpreter calls.  What the coroutine does
+//! comes from a `CoroutineBody`.
 
+use std::cell::UnsafeCell;
 use std::ffi::{CStr, c_int, c_void};
-use std::mem::{offset_of, transmute};
+use std::mem::{forget, offset_of, transmute};
 use std::ptr::{self, NonNull};
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
-use pyo3::exceptions::PyRuntimeWarning;
+use pyo3::exceptions::{PyRuntimeError, PyRuntimeWarning};
 use pyo3::ffi;
 use pyo3::prelude::*;
-use pyo3::sync::critical_section::with_critical_section;
 use pyo3::types::PyTuple;
 use pyo3::{Borrowed, IntoPyObjectExt};
 
-use super::pool::Pool;
-use super::stop_iteration::{Spare, stop_iteration};
-use super::{Argument, Immortal, NO_GETTER, NO_MEMBER, Outcome, Raised, caught, member, new_type, returned, slot};
-use crate::coroutine;
+use super::free_list::FreeList;
+use super::immortal::Immortal;
+use super::locked::Locked;
+use super::object::Object;
+use super::outcome::{Argument, Outcome, Raised, catch_panic, into_raw};
+use super::stop_iteration::{ReusableStopIteration, stop_iteration};
+use super::types::{NO_GETTER, NO_MEMBER, NO_METHOD, getter, method, new_type, offset, slot, table};
 
+/// What a coroutine does.
+pub trait CoroutineBody: 'static {
+    /// The attributes, by name.
+    const ATTRIBUTES: &'static [(&'static CStr, Attribute)];
+
+    /// Run the coroutine until it yields or ends.  A panic aborts the process.
+    fn send<'a, 'py>(
+        coroutine: &'a Bound<'py, Coroutine>,
+        value: &Bound<'py, PyAny>,
+    ) -> Result<SendResult<'a, 'py>, Raised>;
+
+    /// Raise an exception in the coroutine, and return what the coroutine yields.
+    fn throw<'py>(coroutine: &Bound<'py, Coroutine>, arguments: &Bound<'py, PyTuple>) -> PyResult<Bound<'py, PyAny>>;
+
+    /// Raise GeneratorExit in the coroutine.
+    fn close(coroutine: &Bound<'_, Coroutine>) -> PyResult<()>;
+}
+
+/// A function that returns the value of an attribute.
+pub type Attribute = for<'py> fn(&Bound<'py, Coroutine>) -> PyResult<Bound<'py, PyAny>>;
+
+/// A coroutine, in the memory layout of a Python object.
+///
+/// Several threads may use one coroutine at the same time.  All that changes while the coroutine is alive is in a cell,
+/// because other references to the coroutine exist at that time.
 #[repr(C)]
 pub struct Coroutine {
-    ob_base: ffi::PyObject,
-    connect: NonNull<ffi::PyObject>,
-    /// The coroutine of `create_session` while there is one; of whoever set the state to `Running`.
-    inner: *mut ffi::PyObject,
-    stop: Spare,
-    weakrefs: *mut ffi::PyObject,
+    /// The interpreter changes the header and the weak references at any time.  They are not accessed here.
+    ob_base: UnsafeCell<ffi::PyObject>,
+    connect: Object,
+    /// The coroutine of `create_session`, from the first wait on.
+    awaited: Locked<Option<Object>>,
+    /// Only `Returned::raise` and `dealloc` access it: the first runs once in a life, the second after all others.
+    stop_iteration: ReusableStopIteration,
+    weakrefs: UnsafeCell<*mut ffi::PyObject>,
     state: AtomicU8,
-    tracked: bool,
-    finalized: bool,
+    /// Whether the garbage collector tracks the coroutine.
+    tracked: AtomicBool,
+    finalized: AtomicBool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum State {
-    /// Nobody has awaited it.
+    /// The coroutine has not started.
     New,
-    /// Someone is inside it right now.
+    /// A thread is running the coroutine: there is a `Running` of it.
     Running,
-    /// It waits for `create_session`.
+    /// The coroutine waits for the one of `create_session`.
     Suspended,
+    /// The coroutine has returned, raised an exception, or was closed.
     Done,
 }
 
-/// What came of a `send()`.
-pub enum Sent<'py> {
+/// The result of `send()`, unless it raised an exception.
+pub enum SendResult<'a, 'py> {
     Yielded(Bound<'py, PyAny>),
-    Returned(Bound<'py, PyAny>),
+    Returned(Returned<'a, 'py>),
 }
+
+/// The value that a coroutine has returned.
+pub struct Returned<'a, 'py> {
+    coroutine: &'a Bound<'py, Coroutine>,
+    value: Bound<'py, PyAny>,
+}
+
+/// The exclusive right to run a coroutine.
+///
+/// There is at most one `Running` of a coroutine at a time, and none after the coroutine is done.  Its methods set the
+/// next state.  Dropping it sets the state `Done`.
+#[must_use]
+pub struct Running<'a, 'py>(&'a Bound<'py, Coroutine>);
 
 static TYPE: Immortal<ffi::PyTypeObject> = Immortal::new();
 
-static POOL: Pool<Coroutine> = Pool::new();
+static FREE_LIST: FreeList<Coroutine> = FreeList::new();
 
 impl Coroutine {
-    pub fn install(py: Python<'_>) -> PyResult<()> {
-        TYPE.set(coroutine_type(py)?);
+    /// Create the type, whose objects do what `B` implements.
+    pub fn install<B: CoroutineBody>(py: Python<'_>) -> PyResult<()> {
+        // SAFETY: the objects of the type are of the size of a `Coroutine`.  The type is new.
+        unsafe { TYPE.set(new_coroutine_type::<B>(py)?) };
         Ok(())
     }
 
+    /// A new coroutine for this database.
     #[inline(always)]
-    pub fn object<'py>(connect: Argument<'_, 'py>) -> Outcome<'py> {
+    pub fn create<'py>(connect: Argument<'_, 'py>) -> Outcome<'py> {
         let py = connect.py();
-        // SAFETY: the object, from the pool or new, is a `Coroutine`; each field that the pool does
-        // not keep is set before anyone else sees it.  The collector does not see it before it is tracked.
+        let coroutine = match FREE_LIST.pop(py) {
+            Some(coroutine) => coroutine.as_ptr(),
+            None => Self::allocate()?.as_ptr(),
+        };
+        // SAFETY: the object is a `Coroutine` that no other code uses, of which `stop_iteration` is set.  Every other
+        // field is set here.  The garbage collector does not track the object yet.
         unsafe {
-            let coroutine = match POOL.take() {
-                Some(coroutine) => coroutine.as_ptr(),
-                None => {
-                    let coroutine = ffi::PyObject_GC_New::<Coroutine>(TYPE.get());
-                    if coroutine.is_null() {
-                        return Err(Raised);
-                    }
-                    (&raw mut (*coroutine).stop).write(Spare::new());
-                    coroutine
-                }
-            };
-            (*coroutine).connect = NonNull::new_unchecked(connect.to_owned().into_ptr());
-            (*coroutine).inner = ptr::null_mut();
-            (*coroutine).weakrefs = ptr::null_mut();
+            (&raw mut (*coroutine).connect).write(connect.to_owned().into());
+            (&raw mut (*coroutine).awaited).write(Locked::new(None));
+            (&raw mut (*coroutine).weakrefs).write(UnsafeCell::new(ptr::null_mut()));
             (&raw mut (*coroutine).state).write(AtomicU8::new(State::New as u8));
-            (*coroutine).tracked = false;
-            (*coroutine).finalized = false;
+            (&raw mut (*coroutine).tracked).write(AtomicBool::new(false));
+            (&raw mut (*coroutine).finalized).write(AtomicBool::new(false));
             Ok(Bound::from_owned_ptr(py, coroutine.cast()))
         }
     }
 
+    /// A new object, of which only `stop_iteration` is set.
+    fn allocate() -> Result<NonNull<Self>, Raised> {
+        let class = TYPE.get()?;
+        // SAFETY: the objects of this type are as large as a `Coroutine`, and the field is a part of the new object.
+        unsafe {
+            let object = ffi::PyObject_GC_New::<Self>(class.as_ptr());
+            let coroutine = NonNull::new(object).ok_or(Raised::by_interpreter())?;
+            (&raw mut (*coroutine.as_ptr()).stop_iteration).write(ReusableStopIteration::new());
+            Ok(coroutine)
+        }
+    }
+
     /// # Safety
-    /// `object` is a `Coroutine`, and not freed within the lifetime.
+    /// `object` is a `Coroutine` that is not freed during the lifetime `'a`.
     #[inline(always)]
-    unsafe fn of<'a>(object: *mut ffi::PyObject) -> &'a Self {
-        // SAFETY: as above.  What changes behind the reference is only touched through raw pointers.
-        unsafe { &*object.cast() }
-    }
-
-    fn as_ptr(&self) -> *mut Self {
-        ptr::from_ref(self).cast_mut()
+    unsafe fn from_ptr<'a, 'py>(py: Python<'py>, object: *mut ffi::PyObject) -> Borrowed<'a, 'py, Self> {
+        // SAFETY: the caller promises the same.
+        unsafe { Borrowed::<PyAny>::from_ptr(py, object).cast_unchecked() }
     }
 
     #[inline(always)]
-    pub fn connect<'a, 'py>(&'a self, py: Python<'py>) -> Argument<'a, 'py> {
-        // SAFETY: set at birth, and until death.
-        unsafe { Borrowed::from_ptr(py, self.connect.as_ptr()) }
+    fn fields<'a>(this: &'a Bound<'_, Self>) -> &'a Self {
+        // SAFETY: `this` is a `Coroutine` of which every field is set, and keeps it alive.  All that changes meanwhile
+        // is in cells.
+        unsafe { &*this.as_ptr().cast() }
+    }
+
+    /// The database.
+    #[inline(always)]
+    pub fn connect<'a, 'py>(this: &'a Bound<'py, Self>) -> Argument<'a, 'py> {
+        Self::fields(this).connect.as_argument(this.py())
     }
 
     #[inline(always)]
-    pub fn state(&self) -> State {
-        match self.state.load(Ordering::Acquire) {
+    pub fn state(this: &Bound<'_, Self>) -> State {
+        match Self::fields(this).state.load(Ordering::Acquire) {
             0 => State::New,
             1 => State::Running,
             2 => State::Suspended,
@@ -113,248 +172,296 @@ impl Coroutine {
         }
     }
 
-    /// Become the one who runs it, if its state is `from`.
+    /// Run the coroutine if it is new.
     #[inline(always)]
-    pub fn claim(&self, from: State) -> bool {
-        if cfg!(Py_GIL_DISABLED) {
+    pub fn start<'a, 'py>(this: &'a Bound<'py, Self>) -> Option<Running<'a, 'py>> {
+        Self::run_from(this, State::New)
+    }
+
+    /// Run the coroutine if it is suspended.
+    pub fn resume<'a, 'py>(this: &'a Bound<'py, Self>) -> Option<Running<'a, 'py>> {
+        Self::run_from(this, State::Suspended)
+    }
+
+    #[inline(always)]
+    fn run_from<'a, 'py>(this: &'a Bound<'py, Self>, from: State) -> Option<Running<'a, 'py>> {
+        let running = if cfg!(Py_GIL_DISABLED) {
             let (from, to) = (from as u8, State::Running as u8);
-            self.state.compare_exchange(from, to, Ordering::Acquire, Ordering::Relaxed).is_ok()
+            Self::fields(this).state.compare_exchange(from, to, Ordering::Acquire, Ordering::Relaxed).is_ok()
         } else {
-            let free = self.state() == from;
-            if free {
-                self.state.store(State::Running as u8, Ordering::Relaxed);
+            let running = Self::state(this) == from;
+            if running {
+                Self::set_state(this, State::Running);
             }
-            free
-        }
+            running
+        };
+        running.then_some(Running(this))
     }
 
-    /// Stop running it.
     #[inline(always)]
-    pub fn release(&self, to: State) {
-        self.state.store(to as u8, Ordering::Release);
+    fn set_state(this: &Bound<'_, Self>, state: State) {
+        Self::fields(this).state.store(state as u8, Ordering::Release);
     }
 
-    /// What it waits for, once there is something.
-    pub fn inner<'py>(&self, py: Python<'py>) -> Option<Bound<'py, PyAny>> {
-        with_critical_section(&self.borrowed(py), || {
-            // SAFETY: null or an object that this one owns; it changes under the same lock.
-            unsafe { Bound::from_borrowed_ptr_or_opt(py, (*self.as_ptr()).inner) }
-        })
-    }
-
-    /// Set what it waits for, once.
-    pub fn set_inner(&self, inner: &Bound<'_, PyAny>) {
-        let this = self.borrowed(inner.py());
-        with_critical_section(&this, || {
-            // SAFETY: the object is complete, there was none before, and the caller is the one who runs it.
-            unsafe {
-                (*self.as_ptr()).inner = inner.clone().into_ptr();
-                // From now on it can be part of a cycle: a task that waits for what it is itself to do.
-                (*self.as_ptr()).tracked = true;
-                ffi::PyObject_GC_Track(this.as_ptr().cast());
-            }
-        });
-    }
-
-    /// Send a value into what it waits for.
-    pub fn send_inner<'py>(inner: &Bound<'py, PyAny>, value: &Bound<'py, PyAny>) -> PyResult<Sent<'py>> {
-        let py = inner.py();
-        let mut result = ptr::null_mut();
-        // SAFETY: both are objects; the result is owned unless it is an error.
+    /// What the coroutine waits for, from the first wait on.
+    pub fn awaited<'py>(this: &Bound<'py, Self>) -> Option<Bound<'py, PyAny>> {
+        // SAFETY: the value is a part of `this`.  A new reference to an object runs no Python code.
         unsafe {
-            match ffi::PyIter_Send(inner.as_ptr(), value.as_ptr(), &mut result) {
-                ffi::PySendResult::PYGEN_RETURN => Ok(Sent::Returned(Bound::from_owned_ptr(py, result))),
-                ffi::PySendResult::PYGEN_NEXT => Ok(Sent::Yielded(Bound::from_owned_ptr(py, result))),
-                ffi::PySendResult::PYGEN_ERROR => Err(PyErr::fetch(py)),
-            }
+            Self::fields(this)
+                .awaited
+                .with(this.as_any(), |awaited| awaited.as_ref().map(|awaited| awaited.to_bound(this.py())))
         }
     }
 
-    fn borrowed<'a, 'py>(&'a self, py: Python<'py>) -> Borrowed<'a, 'py, PyAny> {
-        // SAFETY: every `Coroutine` is an object.
-        unsafe { Borrowed::from_ptr(py, self.as_ptr().cast()) }
+    fn set_awaited<'py>(this: &Bound<'py, Self>, awaited: Option<Bound<'py, PyAny>>) {
+        let awaited = awaited.map(Object::from);
+        let replace = |field: &mut Option<Object>| std::mem::replace(field, awaited);
+        // SAFETY: the value is a part of `this`.  The old reference is moved out, and dropped after the access.
+        drop(unsafe { Self::fields(this).awaited.with(this.as_any(), replace) });
+    }
+
+    /// Let the garbage collector track the coroutine, unless it does so already.
+    fn track(this: &Bound<'_, Self>) {
+        if !Self::fields(this).tracked.swap(true, Ordering::Relaxed) {
+            // SAFETY: every field is set, and the collector did not track the object.
+            unsafe { ffi::PyObject_GC_Track(this.as_ptr().cast()) };
+        }
     }
 }
 
-fn coroutine_type(py: Python<'_>) -> PyResult<Bound<'_, PyAny>> {
-    const fn method(
-        name: &'static CStr,
-        function: ffi::PyMethodDefPointer,
-        flags: c_int,
-        doc: &'static CStr,
-    ) -> ffi::PyMethodDef {
-        ffi::PyMethodDef { ml_name: name.as_ptr(), ml_meth: function, ml_flags: flags, ml_doc: doc.as_ptr() }
+impl<'a, 'py> Running<'a, 'py> {
+    /// Set what the coroutine waits for.
+    pub fn set_awaited(&self, awaited: Bound<'py, PyAny>) {
+        Coroutine::set_awaited(self.0, Some(awaited));
+        // From now on the coroutine can be part of a cycle: a task may wait for what the same task is to do.
+        Coroutine::track(self.0);
     }
-    const fn getter(name: &'static CStr, attribute: Attribute) -> ffi::PyGetSetDef {
-        ffi::PyGetSetDef {
-            name: name.as_ptr(),
-            get: Some(get),
-            set: None,
-            doc: ptr::null(),
-            closure: attribute as *mut c_void,
+
+    /// Send a value to what the coroutine waits for.  The coroutine yields and returns what that yields and returns.
+    pub fn send(self, awaited: &Bound<'py, PyAny>, value: &Bound<'py, PyAny>) -> Result<SendResult<'a, 'py>, Raised> {
+        let mut result = ptr::null_mut();
+        // SAFETY: both are objects.  The result is an owned reference, unless the result is an error.
+        let (status, result) = unsafe {
+            let status = ffi::PyIter_Send(awaited.as_ptr(), value.as_ptr(), &mut result);
+            (status, Bound::from_owned_ptr_or_opt(self.0.py(), result))
+        };
+        match (status, result) {
+            (ffi::PySendResult::PYGEN_NEXT, Some(yielded)) => {
+                self.suspend();
+                Ok(SendResult::Yielded(yielded))
+            }
+            (ffi::PySendResult::PYGEN_RETURN, Some(value)) => Ok(self.return_value(value)),
+            _ => Err(Raised::by_interpreter()),
         }
     }
-    static mut METHODS: [ffi::PyMethodDef; 4] = [
+
+    /// Return this value from the coroutine, which is done.
+    #[inline(always)]
+    pub fn return_value(self, value: Bound<'py, PyAny>) -> SendResult<'a, 'py> {
+        SendResult::Returned(Returned { coroutine: self.0, value })
+    }
+
+    /// Stop running the coroutine, which waits again.
+    pub fn suspend(self) {
+        self.stop(State::Suspended);
+    }
+
+    /// Stop running the coroutine, which has not started after all.
+    pub fn undo_start(self) {
+        self.stop(State::New);
+    }
+
+    fn stop(self, state: State) {
+        Coroutine::set_state(self.0, state);
+        forget(self);
+    }
+}
+
+impl Drop for Running<'_, '_> {
+    #[inline(always)]
+    fn drop(&mut self) {
+        Coroutine::set_state(self.0, State::Done);
+    }
+}
+
+impl<'py> Returned<'_, 'py> {
+    #[inline(always)]
+    fn into_value(self) -> Bound<'py, PyAny> {
+        self.value
+    }
+
+    /// Raise the StopIteration with the value.
+    ///
+    /// No other thread uses `stop_iteration` at this time: only `Running::return_value` creates a `Returned`, and a
+    /// coroutine that is done never runs again.
+    #[inline(always)]
+    fn raise(self) {
+        Coroutine::fields(self.coroutine).stop_iteration.raise(self.value);
+    }
+}
+
+fn new_coroutine_type<B: CoroutineBody>(py: Python<'_>) -> PyResult<Bound<'_, PyAny>> {
+    let methods = table(vec![
         method(
             c"send",
-            ffi::PyMethodDefPointer { PyCFunction: send },
+            ffi::PyMethodDefPointer { PyCFunction: send::<B> },
             ffi::METH_O,
-            c"send($self, arg, /)\n--\n\nSend a value into the coroutine; return what it yields, or raise StopIteration.",
+            Some(c"send($self, arg, /)\n--\n\nSend a value into the coroutine; return what it yields, or raise StopIteration."),
         ),
         method(
             c"throw",
-            ffi::PyMethodDefPointer { PyCFunction: throw },
+            ffi::PyMethodDefPointer { PyCFunction: throw::<B> },
             ffi::METH_VARARGS,
-            c"Raise an exception inside the coroutine; return what it yields, or raise StopIteration.",
+            Some(c"Raise an exception inside the coroutine; return what it yields, or raise StopIteration."),
         ),
         method(
             c"close",
-            ffi::PyMethodDefPointer { PyCFunction: close },
+            ffi::PyMethodDefPointer { PyCFunction: close::<B> },
             ffi::METH_NOARGS,
-            c"close($self, /)\n--\n\nRaise GeneratorExit inside the coroutine.",
+            Some(c"close($self, /)\n--\n\nRaise GeneratorExit inside the coroutine."),
         ),
-        ffi::PyMethodDef::zeroed(),
-    ];
-    static mut GETTERS: [ffi::PyGetSetDef; 11] = [
-        getter(c"__name__", coroutine::name),
-        getter(c"__qualname__", coroutine::name),
-        getter(c"__class__", coroutine::class),
-        getter(c"cr_running", coroutine::is_running),
-        getter(c"cr_suspended", coroutine::is_suspended),
-        getter(c"cr_state", coroutine::state),
-        getter(c"cr_await", coroutine::awaited),
-        getter(c"cr_frame", coroutine::frame),
-        getter(c"cr_code", coroutine::code),
-        getter(c"cr_origin", coroutine::origin),
-        NO_GETTER,
-    ];
-    static mut MEMBERS: [ffi::PyMemberDef; 2] =
-        [member(c"__weaklistoffset__", offset_of!(Coroutine, weakrefs)), NO_MEMBER];
-    new_type(
-        py,
-        c"ctxalchemy._native.coroutine",
-        size_of::<Coroutine>(),
-        ffi::Py_TPFLAGS_DISALLOW_INSTANTIATION | ffi::Py_TPFLAGS_IMMUTABLETYPE,
-        &mut [
-            slot(ffi::Py_am_await, am_await as *const c_void),
-            slot(ffi::Py_am_send, am_send as *const c_void),
-            slot(ffi::Py_tp_iter, ffi::PyObject_SelfIter as *const c_void),
-            slot(ffi::Py_tp_iternext, iternext as *const c_void),
-            slot(ffi::Py_tp_repr, repr as *const c_void),
-            slot(ffi::Py_tp_finalize, finalize as *const c_void),
-            slot(ffi::Py_tp_traverse, traverse as *const c_void),
-            slot(ffi::Py_tp_clear, clear as *const c_void),
-            slot(ffi::Py_tp_dealloc, dealloc as *const c_void),
-            slot(ffi::Py_tp_methods, &raw const METHODS),
-            slot(ffi::Py_tp_getset, &raw const GETTERS),
-            slot(ffi::Py_tp_members, &raw const MEMBERS),
-            slot::<c_void>(0, ptr::null()),
-        ],
-    )
-}
-
-unsafe extern "C" fn am_await(object: *mut ffi::PyObject) -> *mut ffi::PyObject {
-    // SAFETY: called by the interpreter with an object of this type.
+        NO_METHOD,
+    ]);
+    let attributes = B::ATTRIBUTES.iter().map(|(name, attribute)| getter(name, get, *attribute as *mut c_void));
+    let getters = table(attributes.chain([NO_GETTER]).collect());
+    let members = table(vec![offset(c"__weaklistoffset__", offset_of!(Coroutine, weakrefs)), NO_MEMBER]);
+    // SAFETY: the functions are for objects of this type, and the tables end with the entries for that.
     unsafe {
-        if Coroutine::of(object).state() == State::Suspended {
-            return returned(|| Err(coroutine::awaited_already().into()));
-        }
-        ffi::Py_NewRef(object)
+        new_type(
+            py,
+            c"ctxalchemy._native.coroutine",
+            size_of::<Coroutine>(),
+            ffi::Py_TPFLAGS_DISALLOW_INSTANTIATION | ffi::Py_TPFLAGS_IMMUTABLETYPE,
+            &[
+                slot(ffi::Py_am_await, am_await as *const c_void),
+                slot(ffi::Py_am_send, am_send::<B> as *const c_void),
+                slot(ffi::Py_tp_iter, ffi::PyObject_SelfIter as *const c_void),
+                slot(ffi::Py_tp_iternext, iternext::<B> as *const c_void),
+                slot(ffi::Py_tp_repr, repr as *const c_void),
+                slot(ffi::Py_tp_finalize, finalize as *const c_void),
+                slot(ffi::Py_tp_traverse, traverse as *const c_void),
+                slot(ffi::Py_tp_clear, clear as *const c_void),
+                slot(ffi::Py_tp_dealloc, dealloc as *const c_void),
+                slot(ffi::Py_tp_methods, methods),
+                slot(ffi::Py_tp_getset, getters),
+                slot(ffi::Py_tp_members, members),
+            ],
+        )
     }
 }
 
-unsafe extern "C" fn am_send(
+unsafe extern "C" fn am_await(object: *mut ffi::PyObject) -> *mut ffi::PyObject {
+    // SAFETY: the interpreter calls this function with an object of this type, and with the thread attached.
+    let coroutine = unsafe { Coroutine::from_ptr(Python::assume_attached(), object) };
+    if Coroutine::state(&coroutine) == State::Suspended {
+        return into_raw(|| Err(PyRuntimeError::new_err("coroutine is being awaited already").into()));
+    }
+    coroutine.to_owned().into_ptr()
+}
+
+unsafe extern "C" fn am_send<B: CoroutineBody>(
     object: *mut ffi::PyObject,
     value: *mut ffi::PyObject,
     result: *mut *mut ffi::PyObject,
 ) -> ffi::PySendResult {
-    // SAFETY: called by the interpreter with an object of this type and a value; the result is given away.
+    // SAFETY: the interpreter calls this function with an object of this type, a value and a place for the result, and
+    // with the thread attached.  The interpreter takes over the reference that is the result.
     unsafe {
         let py = Python::assume_attached();
-        let value = Borrowed::from_ptr(py, value);
-        let (outcome, sent) = match coroutine::send(Coroutine::of(object), &value) {
-            Ok(Sent::Returned(session)) => (ffi::PySendResult::PYGEN_RETURN, session.into_ptr()),
-            Ok(Sent::Yielded(future)) => (ffi::PySendResult::PYGEN_NEXT, future.into_ptr()),
-            Err(Raised) => (ffi::PySendResult::PYGEN_ERROR, ptr::null_mut()),
+        let (coroutine, value) = (Coroutine::from_ptr(py, object), Borrowed::from_ptr(py, value));
+        let (status, sent) = match B::send(&coroutine, &value) {
+            Ok(SendResult::Returned(returned)) => (ffi::PySendResult::PYGEN_RETURN, returned.into_value().into_ptr()),
+            Ok(SendResult::Yielded(yielded)) => (ffi::PySendResult::PYGEN_NEXT, yielded.into_ptr()),
+            Err(_) => (ffi::PySendResult::PYGEN_ERROR, ptr::null_mut()),
         };
         *result = sent;
-        outcome
+        status
     }
 }
 
-unsafe extern "C" fn iternext(object: *mut ffi::PyObject) -> *mut ffi::PyObject {
-    // SAFETY: called by the interpreter with an object of this type.
-    unsafe {
+unsafe extern "C" fn iternext<B: CoroutineBody>(object: *mut ffi::PyObject) -> *mut ffi::PyObject {
+    // SAFETY: the interpreter calls this function with an object of this type, and with the thread attached.  None is an
+    // object that lives as long as the process.
+    let (coroutine, none) = unsafe {
         let py = Python::assume_attached();
-        let none = Borrowed::from_ptr(py, ffi::Py_None());
-        match coroutine::send(Coroutine::of(object), &none) {
-            Ok(Sent::Returned(session)) => (*object.cast::<Coroutine>()).stop.raise(session),
-            Ok(Sent::Yielded(future)) => return future.into_ptr(),
-            Err(Raised) => {}
-        }
+        (Coroutine::from_ptr(py, object), Borrowed::from_ptr(py, ffi::Py_None()))
+    };
+    match B::send(&coroutine, &none) {
+        Ok(SendResult::Returned(returned)) => returned.raise(),
+        Ok(SendResult::Yielded(yielded)) => return yielded.into_ptr(),
+        Err(_) => {}
     }
     ptr::null_mut()
 }
 
-unsafe extern "C" fn send(object: *mut ffi::PyObject, value: *mut ffi::PyObject) -> *mut ffi::PyObject {
-    // SAFETY: called by the interpreter with an object of this type and a value.
-    let (this, value) = unsafe {
+unsafe extern "C" fn send<B: CoroutineBody>(
+    object: *mut ffi::PyObject,
+    value: *mut ffi::PyObject,
+) -> *mut ffi::PyObject {
+    // SAFETY: the interpreter calls this function with an object of this type and a value, and with the thread attached.
+    let (coroutine, value) = unsafe {
         let py = Python::assume_attached();
-        (Coroutine::of(object), Borrowed::from_ptr(py, value))
+        (Coroutine::from_ptr(py, object), Borrowed::from_ptr(py, value))
     };
-    returned(|| match coroutine::send(this, &value)? {
-        Sent::Yielded(future) => Ok(future),
-        Sent::Returned(session) => Err(stop_iteration(session).into()),
+    into_raw(|| match B::send(&coroutine, &value)? {
+        SendResult::Yielded(yielded) => Ok(yielded),
+        SendResult::Returned(returned) => Err(stop_iteration(returned.into_value()).into()),
     })
 }
 
-unsafe extern "C" fn throw(object: *mut ffi::PyObject, arguments: *mut ffi::PyObject) -> *mut ffi::PyObject {
-    // SAFETY: called by the interpreter with an object of this type and a tuple.
-    let (this, arguments) = unsafe {
+unsafe extern "C" fn throw<B: CoroutineBody>(
+    object: *mut ffi::PyObject,
+    arguments: *mut ffi::PyObject,
+) -> *mut ffi::PyObject {
+    // SAFETY: the interpreter calls this function with an object of this type and a tuple, and with the thread attached.
+    let (coroutine, arguments) = unsafe {
         let py = Python::assume_attached();
         let arguments = Borrowed::<PyAny>::from_ptr(py, arguments).cast_unchecked::<PyTuple>();
-        (Coroutine::of(object), arguments)
+        (Coroutine::from_ptr(py, object), arguments)
     };
-    returned(|| Ok(coroutine::throw(this, &arguments)?))
+    into_raw(|| Ok(B::throw(&coroutine, &arguments)?))
 }
 
-unsafe extern "C" fn close(object: *mut ffi::PyObject, _: *mut ffi::PyObject) -> *mut ffi::PyObject {
-    // SAFETY: called by the interpreter with an object of this type.
-    let (py, this) = unsafe { (Python::assume_attached(), Coroutine::of(object)) };
-    returned(|| Ok(coroutine::close(py, this)?))
+unsafe extern "C" fn close<B: CoroutineBody>(object: *mut ffi::PyObject, _: *mut ffi::PyObject) -> *mut ffi::PyObject {
+    // SAFETY: the interpreter calls this function with an object of this type, and with the thread attached.
+    let coroutine = unsafe { Coroutine::from_ptr(Python::assume_attached(), object) };
+    into_raw(|| {
+        B::close(&coroutine)?;
+        Ok(coroutine.py().None().into_bound(coroutine.py()))
+    })
 }
-
-type Attribute = for<'py> fn(Python<'py>, &Coroutine) -> PyResult<Bound<'py, PyAny>>;
 
 /// `closure` is the `Attribute`.
 unsafe extern "C" fn get(object: *mut ffi::PyObject, closure: *mut c_void) -> *mut ffi::PyObject {
-    // SAFETY: called by the interpreter with an object of this type, and what the table says.
-    let (py, coroutine, attribute) =
-        unsafe { (Python::assume_attached(), Coroutine::of(object), transmute::<*mut c_void, Attribute>(closure)) };
-    returned(|| Ok(attribute(py, coroutine)?))
+    // SAFETY: the interpreter calls this function with an object of this type and the `closure` from the table of
+    // getters, in which every `closure` is an `Attribute`, and with the thread attached.
+    let (coroutine, attribute) = unsafe {
+        (Coroutine::from_ptr(Python::assume_attached(), object), transmute::<*mut c_void, Attribute>(closure))
+    };
+    into_raw(|| Ok(attribute(&coroutine)?))
 }
 
 unsafe extern "C" fn repr(object: *mut ffi::PyObject) -> *mut ffi::PyObject {
-    // SAFETY: called by the interpreter.
+    // SAFETY: the interpreter calls this function with the thread attached.
     let py = unsafe { Python::assume_attached() };
-    returned(|| Ok(format!("<coroutine object db_session at {object:p}>").into_bound_py_any(py)?))
+    into_raw(|| Ok(format!("<coroutine object db_session at {object:p}>").into_bound_py_any(py)?))
 }
 
 unsafe extern "C" fn finalize(object: *mut ffi::PyObject) {
-    // SAFETY: called by the interpreter with an object of this type.
-    let (py, coroutine) = unsafe { (Python::assume_attached(), Coroutine::of(object)) };
-    // SAFETY: nobody else has the object.
-    unsafe { (*object.cast::<Coroutine>()).finalized = true };
-    if !coroutine.claim(State::New) {
+    // SAFETY: the interpreter calls this function with an object of this type, and with the thread attached.
+    let coroutine = unsafe { Coroutine::from_ptr(Python::assume_attached(), object) };
+    Coroutine::fields(&coroutine).finalized.store(true, Ordering::Relaxed);
+    let Some(running) = Coroutine::start(&coroutine) else {
         return;
-    }
-    coroutine.release(State::Done);
-    let _ = caught(|| {
-        // Whatever is being raised while the object goes stays so.
+    };
+    drop(running);
+    let _ = catch_panic(|| {
+        let py = coroutine.py();
+        // An exception that is set when the object is deallocated must still be set afterwards.
         let raised = PyErr::take(py);
         let category = py.get_type::<PyRuntimeWarning>();
         if let Err(error) = PyErr::warn(py, &category, c"coroutine 'db_session' was never awaited", 1) {
-            error.write_unraisable(py, Some(&coroutine.borrowed(py)));
+            error.write_unraisable(py, Some(coroutine.as_any()));
         }
         if let Some(error) = raised {
             error.restore(py);
@@ -364,15 +471,17 @@ unsafe extern "C" fn finalize(object: *mut ffi::PyObject) {
 }
 
 unsafe extern "C" fn traverse(object: *mut ffi::PyObject, visit: ffi::visitproc, argument: *mut c_void) -> c_int {
-    // SAFETY: called by the garbage collector with an object of this type; each reference is visited once.
+    let coroutine: *mut Coroutine = object.cast();
+    // SAFETY: the garbage collector calls this function with an object of this type, while no other code changes the
+    // object.  Each reference that the object owns, the one to its type included, is visited once.
     unsafe {
-        let fields = Coroutine::of(object);
-        for object in [ffi::Py_TYPE(object).cast(), fields.connect.as_ptr(), fields.inner] {
-            if !object.is_null() {
-                let stop = visit(object, argument);
-                if stop != 0 {
-                    return stop;
-                }
+        let class = ffi::Py_TYPE(object).cast();
+        let connect = (*coroutine).connect.as_ptr();
+        let awaited = (*coroutine).awaited.peek().as_ref().map(Object::as_ptr);
+        for object in [class, connect].into_iter().chain(awaited) {
+            let stop = visit(object, argument);
+            if stop != 0 {
+                return stop;
             }
         }
     }
@@ -380,43 +489,39 @@ unsafe extern "C" fn traverse(object: *mut ffi::PyObject, visit: ffi::visitproc,
 }
 
 unsafe extern "C" fn clear(object: *mut ffi::PyObject) -> c_int {
-    // SAFETY: called with an object of this type, by an attached thread.
-    let (py, coroutine) = unsafe { (Python::assume_attached(), Coroutine::of(object)) };
-    // `connect` stays, so that there always is one.
-    coroutine.release(State::Done);
-    let inner = with_critical_section(&coroutine.borrowed(py), || {
-        // SAFETY: as above; null or owned.
-        unsafe {
-            let inner = ptr::replace(&raw mut (*coroutine.as_ptr()).inner, ptr::null_mut());
-            Bound::from_owned_ptr_or_opt(py, inner)
-        }
-    });
-    drop(inner);
+    // SAFETY: the interpreter calls this function with an object of this type, and with the thread attached.
+    let coroutine = unsafe { Coroutine::from_ptr(Python::assume_attached(), object) };
+    // A coroutine always has a `connect`.
+    Coroutine::set_state(&coroutine, State::Done);
+    Coroutine::set_awaited(&coroutine, None);
     0
 }
 
 unsafe extern "C" fn dealloc(object: *mut ffi::PyObject) {
     let coroutine: *mut Coroutine = object.cast();
-    // SAFETY: nobody else has the object any more, unless its finalizer gives it to someone.  It
-    // owns what its fields point to, and one reference to its type, which it takes into the pool.
+    // SAFETY: the interpreter calls this function with the thread attached, and with an object of this type to which
+    // there is no reference any more, unless the finalizer creates one.  Each field is moved out and dropped once, before
+    // the object becomes a dead one.  A dead object keeps the reference to its type, and a freed one drops it.
     unsafe {
         if (*coroutine).state.load(Ordering::Relaxed) == State::New as u8
             && ffi::PyObject_CallFinalizerFromDealloc(object) < 0
         {
             return;
         }
-        if (*coroutine).tracked {
+        let py = Python::assume_attached();
+        if (*coroutine).tracked.load(Ordering::Relaxed) {
             ffi::PyObject_GC_UnTrack(object.cast());
-            ffi::Py_CLEAR(&raw mut (*coroutine).inner);
+            drop((*coroutine).awaited.get_mut().take());
         }
-        if !(*coroutine).weakrefs.is_null() {
+        if !(*coroutine).weakrefs.get().read().is_null() {
             ffi::PyObject_ClearWeakRefs(object);
         }
-        ffi::Py_DECREF((*coroutine).connect.as_ptr());
-        (*coroutine).stop.recycle();
-        // The interpreter remembers of a finalized one that it is, and would not do it again.
-        if (*coroutine).finalized || !POOL.put(NonNull::new_unchecked(coroutine)) {
-            (*coroutine).stop.discard();
+        drop((&raw const (*coroutine).connect).read());
+        (*coroutine).stop_iteration.recycle(py);
+        // The interpreter marks a finalized object, and would never call the finalizer of this object again.
+        let finalized = (*coroutine).finalized.load(Ordering::Relaxed);
+        if finalized || !FREE_LIST.push(NonNull::new_unchecked(coroutine), py) {
+            (*coroutine).stop_iteration.discard(py);
             let class = ffi::Py_TYPE(object);
             ffi::PyObject_GC_Del(object.cast());
             ffi::Py_DECREF(class.cast());

@@ -1,25 +1,42 @@
-//! A reference for other structures to own.
+//! An owned reference to a Python object, for use in other objects.
 
+use std::mem::ManuallyDrop;
 use std::ptr::NonNull;
 
 use pyo3::ffi;
 use pyo3::prelude::*;
 
-use super::Argument;
+use super::outcome::Argument;
 
-/// An owned reference to an object.
+/// An owned reference to a Python object.
 ///
-/// `Py` would put off its drop, until PyO3 itself has attached the thread; here the interpreter has.
-/// There is none of these in a thread that is not attached: each belongs to a Python object.
+/// PyO3 does not detect that the interpreter has attached the thread, and defers the drop of a `Py` until PyO3 itself
+/// attaches the thread.  An `Object` is dropped at once.  Each `Object` is a part of a Python object, or is on its way
+/// into or out of one in a function that the interpreter has called: the thread is attached whenever one is used.  The
+/// type is private to the module `raw`, so that no other code can take an `Object` elsewhere.
 #[repr(transparent)]
 pub struct Object(NonNull<ffi::PyObject>);
 
 impl Object {
-    /// The object, with a reference of its own.
+    /// Another reference to the object.
     #[inline(always)]
     pub fn to_bound<'py>(&self, py: Python<'py>) -> Bound<'py, PyAny> {
-        // SAFETY: it is an object.
-        unsafe { Bound::from_borrowed_ptr(py, self.0.as_ptr()) }
+        // SAFETY: the pointer is to an object that `self` keeps alive.
+        unsafe { Bound::from_borrowed_ptr(py, self.as_ptr()) }
+    }
+
+    /// This reference to the object.
+    #[inline(always)]
+    pub fn into_bound<'py>(self, py: Python<'py>) -> Bound<'py, PyAny> {
+        let this = ManuallyDrop::new(self);
+        // SAFETY: the reference is owned, and `ManuallyDrop` does not drop it.
+        unsafe { Bound::from_owned_ptr(py, this.as_ptr()) }
+    }
+
+    #[inline(always)]
+    pub fn as_argument<'a, 'py>(&'a self, py: Python<'py>) -> Argument<'a, 'py> {
+        // SAFETY: the pointer is to an object that `self` keeps alive for the lifetime `'a`.
+        unsafe { Argument::from_ptr(py, self.as_ptr()) }
     }
 
     #[inline(always)]
@@ -36,14 +53,14 @@ impl Object {
 impl From<Bound<'_, PyAny>> for Object {
     #[inline(always)]
     fn from(object: Bound<'_, PyAny>) -> Self {
-        // SAFETY: not null.
+        // SAFETY: the pointer of a `Bound` is not null.
         Self(unsafe { NonNull::new_unchecked(object.into_ptr()) })
     }
 }
 
 impl Clone for Object {
     fn clone(&self) -> Self {
-        // SAFETY: it is an object, and the thread is attached.
+        // SAFETY: the pointer is to an object that `self` keeps alive, and the thread is attached.
         unsafe { ffi::Py_INCREF(self.as_ptr()) };
         Self(self.0)
     }
@@ -52,7 +69,7 @@ impl Clone for Object {
 impl Drop for Object {
     #[inline(always)]
     fn drop(&mut self) {
-        // SAFETY: owned, and the thread is attached.
+        // SAFETY: the reference is owned, and the thread is attached.
         unsafe { ffi::Py_DECREF(self.as_ptr()) }
     }
 }

@@ -1,142 +1,133 @@
-//! The StopIteration that carries a result out of `tp_iternext`.
+//! The StopIteration with which `tp_iternext` returns a result.
 
 use pyo3::exceptions::PyStopIteration;
 use pyo3::prelude::*;
 
 #[cfg(not(Py_3_12))]
-pub use always_new::Spare;
+pub use always_new::ReusableStopIteration;
 #[cfg(Py_3_12)]
-pub use reused::Spare;
+pub use reused::ReusableStopIteration;
 
-/// The StopIteration for this value.
+/// A new StopIteration with this value.
 pub fn stop_iteration(value: Bound<'_, PyAny>) -> PyErr {
-    // In a tuple: a value that is a tuple or an exception would be taken for something else.
+    // The value is in a tuple, because Python interprets a bare tuple or exception in another way.
     PyStopIteration::new_err((value.unbind(),))
 }
 
-/// 3.11 awaits through `am_send`, without an exception.
+/// CPython 3.11 awaits through `am_send`, which needs no exception.
 #[cfg(not(Py_3_12))]
 mod always_new {
     use pyo3::prelude::*;
 
-    pub struct Spare;
+    pub struct ReusableStopIteration;
 
-    impl Spare {
+    impl ReusableStopIteration {
         pub const fn new() -> Self {
             Self
         }
 
-        pub fn raise(&mut self, value: Bound<'_, PyAny>) {
+        pub fn raise(&self, value: Bound<'_, PyAny>) {
             let py = value.py();
             super::stop_iteration(value).restore(py);
         }
 
-        pub fn recycle(&mut self) {}
+        pub fn recycle(&self, _: Python<'_>) {}
 
-        pub fn discard(&mut self) {}
+        pub fn discard(&self, _: Python<'_>) {}
     }
 }
 
-/// 3.12 and later await through `tp_iternext`: making its StopIteration takes longer than all the rest.
+/// CPython 3.12 and later await through `tp_iternext`.  Creating its StopIteration takes longer than the rest of an
+/// await.
 #[cfg(Py_3_12)]
 mod reused {
+    use std::cell::Cell;
     use std::ptr;
 
     use pyo3::exceptions::PyStopIteration;
     use pyo3::ffi;
     use pyo3::prelude::*;
+    use pyo3::types::PyNone;
 
     #[cfg(Py_GIL_DISABLED)]
     use crate::raw::thread;
 
-    /// A StopIteration to be used again, while nobody else has seen it, or none yet.
+    /// A StopIteration that is raised again as long as no other code has used it.  There is none at first.
     ///
-    /// The `await` of the interpreter takes the value and drops the exception.  Anyone else may keep
-    /// it, or leave traces on it: a debugger, `next()` called by hand.  It is then theirs.
-    pub struct Spare {
-        exception: *mut ffi::PyStopIterationObject,
+    /// The interpreter's `await` takes the value and drops the exception.  Other code, such as a debugger or a call of
+    /// `next()`, may keep the exception or change it.  Such an exception is not raised again.
+    pub struct ReusableStopIteration {
+        /// Null, or an owned reference.
+        exception: Cell<*mut ffi::PyStopIterationObject>,
         #[cfg(Py_GIL_DISABLED)]
-        maker: usize,
+        creator: Cell<usize>,
     }
 
-    impl Spare {
+    impl ReusableStopIteration {
         pub const fn new() -> Self {
             Self {
-                exception: ptr::null_mut(),
+                exception: Cell::new(ptr::null_mut()),
                 #[cfg(Py_GIL_DISABLED)]
-                maker: 0,
+                creator: Cell::new(0),
             }
         }
 
+        /// Raise a StopIteration with this value.
         #[inline(always)]
-        pub fn raise(&mut self, value: Bound<'_, PyAny>) {
-            if self.is_pristine() {
-                self.raise_again(value);
-            } else {
-                self.raise_new(value);
+        pub fn raise(&self, value: Bound<'_, PyAny>) {
+            match self.pristine() {
+                // SAFETY: the exception is alive, and no other code uses it.
+                Some(exception) => unsafe { raise(exception, value) },
+                None => self.raise_new(value),
             }
         }
 
         #[cold]
-        fn raise_new(&mut self, value: Bound<'_, PyAny>) {
-            self.discard();
-            // Without arguments: filling in a tuple each time would take a tenth of the await.
-            match value.py().get_type::<PyStopIteration>().call0() {
+        fn raise_new(&self, value: Bound<'_, PyAny>) {
+            let py = value.py();
+            // Without arguments: setting a tuple at each await would take a tenth of the time of an await.
+            match py.get_type::<PyStopIteration>().call0() {
                 Ok(exception) => {
-                    self.exception = exception.into_ptr().cast();
+                    self.discard(py);
+                    let exception = exception.into_ptr().cast();
+                    self.exception.set(exception);
                     #[cfg(Py_GIL_DISABLED)]
-                    {
-                        self.maker = thread::number();
-                    }
-                    self.raise_again(value);
+                    self.creator.set(thread::number());
+                    // SAFETY: the exception is new.
+                    unsafe { raise(exception, value) }
                 }
-                Err(error) => error.restore(value.py()),
+                Err(error) => error.restore(py),
             }
         }
 
+        /// Drop the value, and keep the exception if no other code has used it.
         #[inline(always)]
-        fn raise_again(&mut self, value: Bound<'_, PyAny>) {
-            self.exchange(value.into_ptr());
-            // SAFETY: an exception, and a reference to it that is given away.
-            unsafe { ffi::PyErr_SetRaisedException(ffi::Py_NewRef(self.exception.cast())) }
-        }
-
-        /// Let go of the value, and of the exception if someone has seen it.
-        #[inline(always)]
-        pub fn recycle(&mut self) {
-            if self.is_pristine() {
-                // SAFETY: None is an object.
-                self.exchange(unsafe { ffi::Py_NewRef(ffi::Py_None()) });
-            } else {
-                self.discard();
+        pub fn recycle(&self, py: Python<'_>) {
+            match self.pristine() {
+                // SAFETY: the exception is alive, and no other code uses it.
+                Some(exception) => unsafe { set_value(exception, PyNone::get(py).to_owned().into_any()) },
+                None => self.discard(py),
             }
         }
 
-        #[inline(always)]
-        fn exchange(&mut self, value: *mut ffi::PyObject) {
-            // SAFETY: the exception is this one's alone; it owns its value.
-            unsafe {
-                let old = ptr::replace(&raw mut (*self.exception).value, value);
-                ffi::Py_XDECREF(old);
-            }
+        /// Drop the exception.
+        pub fn discard(&self, _: Python<'_>) {
+            // SAFETY: the pointer is null or an owned reference, and the thread is attached.
+            unsafe { ffi::Py_XDECREF(self.exception.replace(ptr::null_mut()).cast()) }
         }
 
-        pub fn discard(&mut self) {
-            // SAFETY: null or owned.
-            unsafe { ffi::Py_XDECREF(std::mem::replace(&mut self.exception, ptr::null_mut()).cast()) }
-        }
-
+        /// The exception, if there is one and no other code has used it.
         #[inline(always)]
-        fn is_pristine(&self) -> bool {
-            let exception = self.exception;
-            // Only the thread that made it can tell that there is no other reference.
+        fn pristine(&self) -> Option<*mut ffi::PyStopIterationObject> {
+            // Without the GIL, only the thread that created the exception can detect that there is no other reference.
             #[cfg(Py_GIL_DISABLED)]
-            if self.maker != thread::number() {
-                return false;
+            if self.creator.get() != thread::number() {
+                return None;
             }
-            // SAFETY: null or a StopIteration, whose fields are null or objects.  The flag is read as
-            // the byte it is in C.
-            unsafe {
+            let exception = self.exception.get();
+            // SAFETY: the pointer is null or to a StopIteration, whose fields are null or objects.  The flag is read as
+            // a byte, which it is in C.
+            let is_pristine = unsafe {
                 !exception.is_null()
                     && ffi::Py_REFCNT(exception.cast()) == 1
                     && ffi::PyTuple_GET_SIZE((*exception).args) == 0
@@ -146,7 +137,32 @@ mod reused {
                     && (*exception).dict.is_null()
                     && (*exception).notes.is_null()
                     && (&raw const (*exception).suppress_context).cast::<u8>().read() == 0
-            }
+            };
+            is_pristine.then_some(exception)
+        }
+    }
+
+    /// # Safety
+    /// `exception` is a StopIteration that no other code uses.
+    #[inline(always)]
+    unsafe fn raise(exception: *mut ffi::PyStopIterationObject, value: Bound<'_, PyAny>) {
+        // SAFETY: the caller promises that the exception is alive.  `PyErr_SetRaisedException` takes over the reference,
+        // which keeps the exception alive while its old value is dropped.
+        unsafe {
+            let raised = ffi::Py_NewRef(exception.cast());
+            set_value(exception, value);
+            ffi::PyErr_SetRaisedException(raised);
+        }
+    }
+
+    /// # Safety
+    /// `exception` is a StopIteration that no other code uses.
+    #[inline(always)]
+    unsafe fn set_value(exception: *mut ffi::PyStopIterationObject, value: Bound<'_, PyAny>) {
+        // SAFETY: the exception owns its value, which is null or an object.
+        unsafe {
+            let old = ptr::replace(&raw mut (*exception).value, value.into_ptr());
+            ffi::Py_XDECREF(old);
         }
     }
 }

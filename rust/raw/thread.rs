@@ -1,9 +1,10 @@
-//! Which thread this is.
+//! Numbers for threads.
 
 use std::cell::Cell;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// A number that no other thread has, from 1 on, in the order in which threads ask.
+/// The number of the current thread.  No other thread has the same number.  Numbers begin at 1, in the order of first
+/// calls.
 #[inline(always)]
 pub fn number() -> usize {
     thread_local! {

@@ -1,0 +1,69 @@
+//! Objects that live as long as the process.
+
+use std::ptr::{self, NonNull};
+use std::sync::atomic::{AtomicPtr, Ordering};
+
+use pyo3::exceptions::PyRuntimeError;
+use pyo3::ffi;
+use pyo3::prelude::*;
+
+use super::outcome::Raised;
+
+/// With the GIL, the GIL orders the store before every load.
+const LOAD: Ordering = if cfg!(Py_GIL_DISABLED) { Ordering::Acquire } else { Ordering::Relaxed };
+
+/// A static variable for a Python object that lives as long as the process.  Reading the variable costs one load.
+///
+/// The variable is empty until the module is imported.
+pub struct Immortal<T = ffi::PyObject>(AtomicPtr<T>);
+
+impl<T> Immortal<T> {
+    pub const fn new() -> Self {
+        Self(AtomicPtr::new(ptr::null_mut()))
+    }
+
+    /// The object, or null if the variable is empty.  Whoever gets the pointer may only compare it.
+    #[inline(always)]
+    pub fn as_ptr(&self) -> *const T {
+        self.0.load(LOAD)
+    }
+
+    /// The object.  It is an error if the variable is empty.
+    #[inline(always)]
+    pub fn get(&self) -> Result<NonNull<T>, Raised> {
+        NonNull::new(self.0.load(LOAD)).ok_or_else(not_initialized)
+    }
+
+    /// Set the variable, and keep the object alive for ever.
+    ///
+    /// # Safety
+    /// The object is a `T`.  This thread has created the object, and no other thread uses it yet.
+    pub unsafe fn set(&self, object: Bound<'_, PyAny>) {
+        // SAFETY: the caller promises the same.
+        unsafe { immortalize(&object) };
+        self.0.store(object.into_ptr().cast(), Ordering::Release);
+    }
+}
+
+#[cold]
+fn not_initialized() -> Raised {
+    PyRuntimeError::new_err("ctxalchemy._native is not initialized").into()
+}
+
+/// Exclude an object that lives as long as the process from reference counting, for which threads would contend.
+///
+/// # Safety
+/// This thread has created the object, and no other thread uses it yet.
+pub unsafe fn immortalize(object: &Bound<'_, PyAny>) {
+    #[cfg(Py_GIL_DISABLED)]
+    // SAFETY: no other thread reads or writes these fields, as the caller promises.
+    unsafe {
+        let header = object.as_ptr();
+        let immortal = ffi::PyObject_HEAD_INIT;
+        (*header).ob_tid = immortal.ob_tid;
+        (*header).ob_ref_local.store(immortal.ob_ref_local.into_inner(), Ordering::Relaxed);
+        (*header).ob_ref_shared.store(immortal.ob_ref_shared.into_inner(), Ordering::Relaxed);
+    }
+    #[cfg(not(Py_GIL_DISABLED))]
+    let _ = object;
+}
