@@ -194,8 +194,8 @@ fn cr_await<'py>(coroutine: &Bound<'py, Coroutine>) -> PyResult<Bound<'py, PyAny
     suspended.then(|| Coroutine::awaited(coroutine)).flatten().into_bound_py_any(coroutine.py())
 }
 
-/// The coroutine has no frame.  The value is the frame of a new coroutine of the reference implementation, and later the
-/// frame of the awaited coroutine.
+/// The coroutine has no frame.  The value is the frame of a new coroutine of the reference implementation, and after
+/// the start the frame of the awaited coroutine.
 fn cr_frame<'py>(coroutine: &Bound<'py, Coroutine>) -> PyResult<Bound<'py, PyAny>> {
     let py = coroutine.py();
     if Coroutine::state(coroutine) == State::New {

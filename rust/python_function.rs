@@ -15,12 +15,24 @@ pub type NewFunction = for<'py> fn(&Bound<'py, PyAny>) -> PyResult<Bound<'py, Py
 /// After the word `unguarded`, a panic in the Rust function aborts the process; see `Body::GUARDED`.
 macro_rules! python_function {
     ($function:ident($($parameter:ident $(= $default:ident)?),*)) => {
-        python_function!(@define true, [$($parameter $(= $default)?),*], |py, [$($parameter),*]| $function(py, $($parameter),*))
+        python_function!(
+            @define true,
+            [$($parameter $(= $default)?),*],
+            |py, [$($parameter),*]| $function(py, $($parameter),*)
+        )
     };
     (unguarded $function:ident($($parameter:ident $(= $default:ident)?),*)) => {
-        python_function!(@define false, [$($parameter $(= $default)?),*], |py, [$($parameter),*]| $function(py, $($parameter),*))
+        python_function!(
+            @define false,
+            [$($parameter $(= $default)?),*],
+            |py, [$($parameter),*]| $function(py, $($parameter),*)
+        )
     };
-    (@define $guarded:literal, [$($name:ident $(= $default:ident)?),*], |$py:ident, [$($argument:ident),*]| $call:expr) => {{
+    (
+        @define $guarded:literal,
+        [$($name:ident $(= $default:ident)?),*],
+        |$py:ident, [$($argument:ident),*]| $call:expr
+    ) => {{
         const PARAMETERS: usize = <[&str]>::len(&[$(stringify!($name)),*]);
         const DEFAULTS: usize = <[&str]>::len(&[$($(stringify!($default),)?)*]);
         struct Function;

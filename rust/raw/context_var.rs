@@ -34,7 +34,8 @@ impl ContextVar {
         unsafe { Bound::from_borrowed_ptr(py, variable.as_ptr()) }.getattr("get")
     }
 
-    /// The value of the variable: a `SessionStore` or None, unless other code took the variable from a token and set it.
+    /// The value of the variable: a `SessionStore` or None, unless other code has set the variable, which every token
+    /// makes accessible.
     #[inline(always)]
     pub fn get(py: Python<'_>) -> Outcome<'_> {
         let variable = VARIABLE.get()?;

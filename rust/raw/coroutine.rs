@@ -46,8 +46,8 @@ pub type Attribute = for<'py> fn(&Bound<'py, Coroutine>) -> PyResult<Bound<'py, 
 
 /// A coroutine, in the memory layout of a Python object.
 ///
-/// Several threads may use one coroutine at the same time.  All that changes while the coroutine is alive is in a cell,
-/// because other references to the coroutine exist at that time.
+/// Several references to one coroutine exist at the same time, even in several threads.  Therefore every field that
+/// changes while the coroutine is alive is in a cell or is atomic.
 #[repr(C)]
 pub struct Coroutine {
     /// The interpreter changes the header and the weak references at any time.  They are not accessed here.
@@ -55,7 +55,8 @@ pub struct Coroutine {
     connect: Object,
     /// The coroutine of `create_session`, from the first wait on.
     awaited: Locked<Option<Object>>,
-    /// Only `Returned::raise` and `dealloc` access it: the first runs once in a life, the second after all others.
+    /// Only `Returned::raise` and `dealloc` access this field.  `Returned::raise` is called at most once, and before
+    /// `dealloc`.
     stop_iteration: ReusableStopIteration,
     weakrefs: UnsafeCell<*mut ffi::PyObject>,
     state: AtomicU8,
@@ -77,7 +78,7 @@ pub enum State {
     Done,
 }
 
-/// The result of `send()`, unless it raised an exception.
+/// The result of a `send()` that raised no exception.
 pub enum SendResult<'a, 'py> {
     Yielded(Bound<'py, PyAny>),
     Returned(Returned<'a, 'py>),
@@ -91,8 +92,8 @@ pub struct Returned<'a, 'py> {
 
 /// The exclusive right to run a coroutine.
 ///
-/// There is at most one `Running` of a coroutine at a time, and none after the coroutine is done.  Its methods set the
-/// next state.  Dropping it sets the state `Done`.
+/// There is at most one `Running` of a coroutine at a time, and no new one after the coroutine is done.  The methods
+/// set the next state.  Dropping a `Running` sets the state `Done`.
 #[must_use]
 pub struct Running<'a, 'py>(&'a Bound<'py, Coroutine>);
 
@@ -237,7 +238,7 @@ impl<'a, 'py> Running<'a, 'py> {
         Coroutine::track(self.0);
     }
 
-    /// Send a value to what the coroutine waits for.  The coroutine yields and returns what that yields and returns.
+    /// Send a value to `awaited`.  What `awaited` yields or returns, this coroutine yields or returns too.
     pub fn send(self, awaited: &Bound<'py, PyAny>, value: &Bound<'py, PyAny>) -> Result<SendResult<'a, 'py>, Raised> {
         let mut result = ptr::null_mut();
         // SAFETY: both are objects.  The result is an owned reference, unless the result is an error.
@@ -300,14 +301,12 @@ impl<'py> Returned<'_, 'py> {
     }
 }
 
+const SEND_DOC: &CStr =
+    c"send($self, arg, /)\n--\n\nSend a value into the coroutine; return what it yields, or raise StopIteration.";
+
 fn new_coroutine_type<B: CoroutineBody>(py: Python<'_>) -> PyResult<Bound<'_, PyAny>> {
     let methods = table(vec![
-        method(
-            c"send",
-            ffi::PyMethodDefPointer { PyCFunction: send::<B> },
-            ffi::METH_O,
-            Some(c"send($self, arg, /)\n--\n\nSend a value into the coroutine; return what it yields, or raise StopIteration."),
-        ),
+        method(c"send", ffi::PyMethodDefPointer { PyCFunction: send::<B> }, ffi::METH_O, Some(SEND_DOC)),
         method(
             c"throw",
             ffi::PyMethodDefPointer { PyCFunction: throw::<B> },
@@ -325,7 +324,7 @@ fn new_coroutine_type<B: CoroutineBody>(py: Python<'_>) -> PyResult<Bound<'_, Py
     let attributes = B::ATTRIBUTES.iter().map(|(name, attribute)| getter(name, get, *attribute as *mut c_void));
     let getters = table(attributes.chain([NO_GETTER]).collect());
     let members = table(vec![offset(c"__weaklistoffset__", offset_of!(Coroutine, weakrefs)), NO_MEMBER]);
-    // SAFETY: the functions are for objects of this type, and the tables end with the entries for that.
+    // SAFETY: the functions are for objects of this type, and each table ends with its end entry.
     unsafe {
         new_type(
             py,
@@ -380,8 +379,8 @@ unsafe extern "C" fn am_send<B: CoroutineBody>(
 }
 
 unsafe extern "C" fn iternext<B: CoroutineBody>(object: *mut ffi::PyObject) -> *mut ffi::PyObject {
-    // SAFETY: the interpreter calls this function with an object of this type, and with the thread attached.  None is an
-    // object that lives as long as the process.
+    // SAFETY: the interpreter calls this function with an object of this type, and with the thread attached.  None
+    // lives as long as the process.
     let (coroutine, none) = unsafe {
         let py = Python::assume_attached();
         (Coroutine::from_ptr(py, object), Borrowed::from_ptr(py, ffi::Py_None()))
@@ -398,7 +397,8 @@ unsafe extern "C" fn send<B: CoroutineBody>(
     object: *mut ffi::PyObject,
     value: *mut ffi::PyObject,
 ) -> *mut ffi::PyObject {
-    // SAFETY: the interpreter calls this function with an object of this type and a value, and with the thread attached.
+    // SAFETY: the interpreter calls this function with an object of this type and a value, and with the thread
+    // attached.
     let (coroutine, value) = unsafe {
         let py = Python::assume_attached();
         (Coroutine::from_ptr(py, object), Borrowed::from_ptr(py, value))
@@ -413,7 +413,8 @@ unsafe extern "C" fn throw<B: CoroutineBody>(
     object: *mut ffi::PyObject,
     arguments: *mut ffi::PyObject,
 ) -> *mut ffi::PyObject {
-    // SAFETY: the interpreter calls this function with an object of this type and a tuple, and with the thread attached.
+    // SAFETY: the interpreter calls this function with an object of this type and a tuple, and with the thread
+    // attached.
     let (coroutine, arguments) = unsafe {
         let py = Python::assume_attached();
         let arguments = Borrowed::<PyAny>::from_ptr(py, arguments).cast_unchecked::<PyTuple>();
@@ -500,8 +501,8 @@ unsafe extern "C" fn clear(object: *mut ffi::PyObject) -> c_int {
 unsafe extern "C" fn dealloc(object: *mut ffi::PyObject) {
     let coroutine: *mut Coroutine = object.cast();
     // SAFETY: the interpreter calls this function with the thread attached, and with an object of this type to which
-    // there is no reference any more, unless the finalizer creates one.  Each field is moved out and dropped once, before
-    // the object becomes a dead one.  A dead object keeps the reference to its type, and a freed one drops it.
+    // there is no reference any more, unless the finalizer creates one.  Each field is moved out and dropped once,
+    // before the object becomes a dead one.  A dead object keeps the reference to its type, and a freed one drops it.
     unsafe {
         if (*coroutine).state.load(Ordering::Relaxed) == State::New as u8
             && ffi::PyObject_CallFinalizerFromDealloc(object) < 0

@@ -47,7 +47,8 @@ mod with_gil {
         /// Keep a dead object if there is room, and return whether there is.
         ///
         /// # Safety
-        /// The object begins with a `PyObject`, is untracked, and owns a reference to its type.  Nobody else uses it.
+        /// The object begins with a `PyObject`, is untracked, and owns a reference to its type.  No other code uses the
+        /// object.
         #[inline(always)]
         pub unsafe fn push(&self, object: NonNull<T>, _: Python<'_>) -> bool {
             let len = self.len.get();
@@ -143,8 +144,8 @@ mod without_gil {
     /// Threads that share an entry sometimes find it empty.
     pub struct FreeList<T>([Entry<T>; SIZE]);
 
-    /// Neither in one cache line with another entry, nor in a line that the processor fetches along with that of
-    /// another entry: threads would wait for each other's writes.
+    /// Two entries are neither in one cache line, nor in two lines that the processor fetches together.  Otherwise
+    /// threads would wait for each other's writes.
     #[repr(align(128))]
     struct Entry<T>(AtomicPtr<T>);
 
@@ -161,8 +162,8 @@ mod without_gil {
         #[inline(always)]
         pub fn pop(&self, _: Python<'_>) -> Option<NonNull<T>> {
             let object = NonNull::new(self.entry().swap(ptr::null_mut(), Ordering::Acquire))?;
-            // SAFETY: only `push` adds objects.  They begin with a `PyObject`, own a reference to their type, and belong
-            // to the list alone, from which this thread has just removed this one.  The thread is attached.
+            // SAFETY: only `push` adds objects.  They begin with a `PyObject`, own a reference to their type, and
+            // belong to the list alone.  This thread has just removed this object from the list, and is attached.
             unsafe {
                 let header = object.as_ptr().cast::<ffi::PyObject>();
                 let class = ffi::Py_TYPE(header);
@@ -176,7 +177,8 @@ mod without_gil {
         /// Keep a dead object if there is room, and return whether there is.
         ///
         /// # Safety
-        /// The object begins with a `PyObject`, is untracked, and owns a reference to its type.  Nobody else uses it.
+        /// The object begins with a `PyObject`, is untracked, and owns a reference to its type.  No other code uses the
+        /// object.
         #[inline(always)]
         pub unsafe fn push(&self, object: NonNull<T>, _: Python<'_>) -> bool {
             let entry = self.entry();

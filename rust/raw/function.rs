@@ -22,8 +22,8 @@ pub trait Body<const N: usize> {
     const REQUIRED: usize = N;
     /// Whether a panic becomes an exception.  Otherwise a panic aborts the process.
     ///
-    /// The conversion takes a tenth of the time of a lookup.  A body does not need it if the body cannot panic, or calls
-    /// `catch_panic` where it can.
+    /// The conversion takes a tenth of the time of a lookup.  A body does not need the conversion if the body cannot
+    /// panic, or calls `catch_panic` around the code that can panic.
     const GUARDED: bool = true;
 
     /// Run the body.
@@ -89,8 +89,8 @@ pub fn function<'py, const N: usize, B: Body<N>>(reference: &Bound<'py, PyAny>) 
     }
     // Users of either backend find the function in this module, and `pickle` does so too.
     function.setattr("__module__", "ctxalchemy")?;
-    // SAFETY: this thread has created the object, and no other thread can find it before the garbage collector tracks
-    // it.
+    // SAFETY: this thread has created the object.  No other thread can find an object that the garbage collector does
+    // not track.
     unsafe {
         immortalize(&function);
         ffi::PyObject_GC_Track(function.as_ptr().cast());
@@ -117,7 +117,7 @@ fn new_function_type(py: Python<'_>) -> PyResult<Bound<'_, PyAny>> {
         offset(c"__weaklistoffset__", offset_of!(Function, weakrefs)),
         NO_MEMBER,
     ]);
-    // SAFETY: the functions are for objects of this type, and the tables end with the entries for that.
+    // SAFETY: the functions are for objects of this type, and each table ends with its end entry.
     unsafe {
         new_type(
             py,
@@ -148,8 +148,8 @@ unsafe extern "C" fn vectorcall<const N: usize, B: Body<N>>(
     names: *mut ffi::PyObject,
 ) -> *mut ffi::PyObject {
     let passed = nargsf & !ffi::PY_VECTORCALL_ARGUMENTS_OFFSET;
-    // SAFETY: the interpreter calls this function by the vectorcall protocol.  The thread is attached, and `function` is
-    // a `Function`.  There are `passed` arguments, and then one for each of `names`.  All are alive during the call.
+    // SAFETY: the interpreter calls this function by the vectorcall protocol.  The thread is attached, and `function`
+    // is a `Function`.  There are `passed` arguments, and then one for each of `names`.  All are alive during the call.
     unsafe {
         let py = Python::assume_attached();
         let bound = if names.is_null() && passed == N {
@@ -302,7 +302,8 @@ unsafe extern "C" fn clear(object: *mut ffi::PyObject) -> c_int {
 unsafe extern "C" fn dealloc(object: *mut ffi::PyObject) {
     let function: *mut Function = object.cast();
     // SAFETY: the interpreter calls this function with the thread attached, and with an object of this type to which
-    // there is no reference any more.  The object owns these references, and one to its type.
+    // there is no reference any more.  The object owns these references, and one to its
+    // type.
     unsafe {
         ffi::PyObject_GC_UnTrack(object.cast());
         if !(*function).weakrefs.is_null() {

@@ -22,7 +22,7 @@ impl<T> Immortal<T> {
         Self(AtomicPtr::new(ptr::null_mut()))
     }
 
-    /// The object, or null if the variable is empty.  Whoever gets the pointer may only compare it.
+    /// The object, or null if the variable is empty.  The pointer is for comparisons.
     #[inline(always)]
     pub fn as_ptr(&self) -> *const T {
         self.0.load(LOAD)

@@ -7,8 +7,9 @@ use pyo3::sync::critical_section::with_critical_section;
 
 /// A value that is a part of a Python object, and is accessed only while the object is locked.
 ///
-/// The lock is the GIL, or without the GIL the critical section of the object.  Neither is a lock against code that runs
-/// in the same thread, or that runs after the interpreter has suspended the lock.  Both happen only in Python code.
+/// The lock is the GIL, or without the GIL the critical section of the object.  If Python code runs in the locking
+/// thread, this code may access the value, and may make the interpreter suspend the lock.  Therefore no Python code may
+/// run during an access.
 pub struct Locked<T>(UnsafeCell<T>);
 
 impl<T> Locked<T> {

@@ -163,8 +163,8 @@ impl SessionStore {
     /// Set the session of this database, and return whether the context is open.  A closed context does not change.
     pub fn put<'py>(this: &Bound<'py, Self>, database: Argument<'_, 'py>, session: Argument<'_, 'py>) -> bool {
         let pair = (database.to_owned().into(), session.to_owned().into());
-        // SAFETY: a comparison of pointers runs no Python code.  The pair that is not used any more, be it the old or the
-        // new one, is moved out, and dropped after the access.
+        // SAFETY: a comparison of pointers runs no Python code.  The pair that is replaced or refused is moved out, and
+        // dropped after the access.
         let unused = unsafe {
             Self::with(this, |contents| {
                 if contents.closed {

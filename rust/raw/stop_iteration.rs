@@ -146,8 +146,8 @@ mod reused {
     /// `exception` is a StopIteration that no other code uses.
     #[inline(always)]
     unsafe fn raise(exception: *mut ffi::PyStopIterationObject, value: Bound<'_, PyAny>) {
-        // SAFETY: the caller promises that the exception is alive.  `PyErr_SetRaisedException` takes over the reference,
-        // which keeps the exception alive while its old value is dropped.
+        // SAFETY: the caller promises that the exception is alive.  The new reference keeps the exception alive while
+        // the old value is dropped, and `PyErr_SetRaisedException` takes over the reference.
         unsafe {
             let raised = ffi::Py_NewRef(exception.cast());
             set_value(exception, value);
