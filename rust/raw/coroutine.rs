@@ -196,7 +196,7 @@ impl Coroutine {
             }
             running
         };
-        running.then_some(Running(this))
+        running.then(|| Running(this))
     }
 
     #[inline(always)]
