@@ -9,9 +9,7 @@ use pyo3::types::{PyNone, PyTuple, PyType};
 use pyo3::{IntoPyObjectExt, intern};
 
 use crate::lookup::{self, Found};
-use crate::raw::{
-    Argument, Attribute, Coroutine, CoroutineBody, Outcome, Raised, Running, SendResult, State, catch_panic,
-};
+use crate::raw::{Argument, Attribute, Coroutine, CoroutineBody, Outcome, Raised, Running, SendResult, Started, State};
 
 pub fn install(py: Python<'_>) -> PyResult<()> {
     Coroutine::install::<DbSession>(py)
@@ -39,22 +37,33 @@ impl CoroutineBody for DbSession {
         (c"cr_origin", cr_origin),
     ];
 
-    /// Only the slow paths convert a panic into an exception, because the conversion takes a tenth of the time of this
-    /// function.
+    /// No panic is converted into an exception here, because the conversion takes a tenth of the time of this function.
     #[inline(always)]
-    fn send<'a, 'py>(
+    fn start<'a, 'py>(running: Running<'a, 'py>) -> Started<'a, 'py> {
+        let coroutine = running.coroutine();
+        match lookup::find(coroutine.py(), Coroutine::connect(coroutine)) {
+            Ok(Found::Session(session)) => Started::Returned(running.return_value(session)),
+            Ok(Found::NoSession(store)) => Started::MustWait(running, store),
+            Err(raised) => Started::Raised(raised),
+        }
+    }
+
+    /// Wait for `create_session`.
+    fn wait<'a, 'py>(running: Running<'a, 'py>, store: Bound<'py, PyAny>) -> Result<SendResult<'a, 'py>, Raised> {
+        let coroutine = running.coroutine();
+        let awaited = lookup::create_session(store, Coroutine::connect(coroutine))?;
+        running.set_awaited(awaited.clone());
+        running.send(&awaited, PyNone::get(coroutine.py()).as_any())
+    }
+
+    fn resume<'a, 'py>(
         coroutine: &'a Bound<'py, Coroutine>,
         value: &Bound<'py, PyAny>,
     ) -> Result<SendResult<'a, 'py>, Raised> {
-        if value.is_none()
-            && let Some(running) = Coroutine::start(coroutine)
-        {
-            return match lookup::find(coroutine.py(), Coroutine::connect(coroutine))? {
-                Found::Session(session) => Ok(running.return_value(session)),
-                Found::NoSession(store) => catch_panic(|| wait(coroutine, running, store)),
-            };
+        match run_suspended(coroutine)? {
+            Some((running, awaited)) => running.send(&awaited, value),
+            None => Err(PyTypeError::new_err("can't send non-None value to a just-started coroutine").into()),
         }
-        catch_panic(|| resume(coroutine, value))
     }
 
     fn throw<'py>(coroutine: &Bound<'py, Coroutine>, arguments: &Bound<'py, PyTuple>) -> PyResult<Bound<'py, PyAny>> {
@@ -103,29 +112,6 @@ impl CoroutineBody for DbSession {
             closed?;
         }
         Ok(())
-    }
-}
-
-/// Wait for `create_session`.
-#[cold]
-fn wait<'a, 'py>(
-    coroutine: &'a Bound<'py, Coroutine>,
-    running: Running<'a, 'py>,
-    store: Bound<'py, PyAny>,
-) -> Result<SendResult<'a, 'py>, Raised> {
-    let awaited = lookup::create_session(store, Coroutine::connect(coroutine))?;
-    running.set_awaited(awaited.clone());
-    running.send(&awaited, PyNone::get(coroutine.py()).as_any())
-}
-
-#[cold]
-fn resume<'a, 'py>(
-    coroutine: &'a Bound<'py, Coroutine>,
-    value: &Bound<'py, PyAny>,
-) -> Result<SendResult<'a, 'py>, Raised> {
-    match run_suspended(coroutine)? {
-        Some((running, awaited)) => running.send(&awaited, value),
-        None => Err(PyTypeError::new_err("can't send non-None value to a just-started coroutine").into()),
     }
 }
 

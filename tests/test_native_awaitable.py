@@ -791,3 +791,17 @@ def _run_in_own_process(backend: str, code: str) -> None:
             [sys.executable, *OPTIONS, "-c", prologue + code, backend], capture_output=True, text=True, check=False
         )
     assert done.returncode == 0, done.stderr
+
+
+@needs_reference_counts
+async def test_awaiting_by_hand_keeps_no_session_alive(ctxalchemy: ModuleType) -> None:
+    """As a debugger or a tracer awaits: through ``next()``, which raises StopIteration on every Python."""
+    db = ctxalchemy.DBConnect.from_url("sqlite+aiosqlite://")
+    sessions = []
+    for _ in range(10):
+        async with ctxalchemy.new_ctx():
+            with pytest.raises(StopIteration):
+                next(ctxalchemy.db_session(db).__await__())
+            sessions.append(weakref.ref(ctxalchemy.db_session_nowait(db)))
+    assert [session() for session in sessions] == [None] * 10
+    await db.close()

@@ -52,9 +52,9 @@ async def test_new_contains_the_pending_objects_of_a_session(engine: AsyncEngine
     """``Session._new``."""
     async with AsyncSession(engine) as session:
         sync_session = session.sync_session
-        assert not sync_session._new, "internals.has_objects is true for an empty session"
+        assert not sync_session._new, "internals.close_idle would call close() for an empty session"
         session.add(Note(name="pending"))
-        assert len(sync_session._new) == 1, "internals.has_objects is false for a session with a pending object"
+        assert len(sync_session._new) == 1, "internals.close_idle would not detach a pending object"
         await session.flush()
         assert not sync_session._new
 

@@ -225,7 +225,8 @@ async def close_all_sessions() -> None:
     Example:
         >>> await close_all_sessions()
     """
-    await _complete.close_all(_open_context().clear())
+    if sessions := _complete.close_without_io(_open_context().clear()):
+        await _complete.close_all(sessions)
 
 
 async def auto_commit_by_status_code(status_code: int, before_commit: BeforeCommitCallback | None = None) -> None:

@@ -9,7 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from . import _logging
 from ._errors import see
-from ._sqlalchemy.session import close_without_io, closings, commit_session, flush_session, rollbacks
+from ._sqlalchemy.session import close_session_without_io, closings, commit_session, flush_session, rollbacks
 
 if TYPE_CHECKING:
     from ._backend import SessionStore
@@ -92,10 +92,14 @@ async def roll_back_all(store: SessionStore) -> None:
     await rollbacks.run((session for _, session in _begun(store, {})), "rolled back")
 
 
-async def close_all(items: Items) -> None:
+def close_without_io(items: Items) -> list[AsyncSession]:
+    """Close those sessions of a closed context that need no I/O for it, and return the others for ``close_all``."""
+    return [session for _, session in items if not close_session_without_io(session)]
+
+
+async def close_all(sessions: list[AsyncSession]) -> None:
     """Close sessions that have been removed from their context, even if closing some of them fails."""
-    if sessions := [session for _, session in items if not close_without_io(session)]:
-        await closings.run(sessions, "closed")
+    await closings.run(sessions, "closed")
 
 
 async def abort(store: SessionStore, error: BaseException) -> None:
@@ -103,7 +107,7 @@ async def abort(store: SessionStore, error: BaseException) -> None:
     if _logging.logged_contexts:
         _logging.log_context(store, "rolling back because of %s", type(error).__name__)
         _logging.log_context_closed(store)
-    if sessions := [session for _, session in store.close() if not close_without_io(session)]:
+    if sessions := close_without_io(store.close()):
         await closings.run_after(error, sessions)
 
 

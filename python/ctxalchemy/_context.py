@@ -53,8 +53,8 @@ async def reset_db_session_ctx(token: Token[SessionStore | None], with_close: bo
         items = store.close()
     else:
         items = _close_nested(token)
-    if with_close and items:
-        await _complete.close_all(items)
+    if with_close and (sessions := _complete.close_without_io(items)):
+        await _complete.close_all(sessions)
 
 
 def _close_nested(token: Token[SessionStore | None]) -> list[tuple[DBConnect, AsyncSession]]:
@@ -108,7 +108,8 @@ async def new_ctx() -> AsyncIterator[None]:
         items = store.close()
         if _logging.logged_contexts:
             _logging.log_context_closed(store)
-        await _complete.close_all(items)
+        if sessions := _complete.close_without_io(items):
+            await _complete.close_all(sessions)
     except BaseException as error:
         await _complete.abort(store, error)
         raise

@@ -39,7 +39,11 @@ async def create_session(store: Store, connect: DBConnect) -> AsyncSession:
     """
     _check(store, connect)
     if connect.before_create_session_handler is None:
-        return _put_new_session(store, connect)
+        session = new_session(connect)
+        store.put(connect, session)
+        if is_enabled_for(DEBUG):
+            log_session_created(store, connect)
+        return session
     lock = _lock(store, connect)
     if lock.locked() and lock in _acquired.get():
         raise RuntimeError(
@@ -63,7 +67,10 @@ async def create_session(store: Store, connect: DBConnect) -> AsyncSession:
         if put_meanwhile is not None:
             await close_session(session)
             return put_meanwhile
-        return _put(store, connect, session)
+        store.put(connect, session)
+        if is_enabled_for(DEBUG):
+            log_session_created(store, connect)
+        return session
 
 
 def create_session_nowait(store: Store, connect: DBConnect) -> AsyncSession:
@@ -82,7 +89,11 @@ def create_session_nowait(store: Store, connect: DBConnect) -> AsyncSession:
             "call 'await db_session(connect)' first, outside the thread"
             + see("faq.md#no-database-session-context-is-open-here")
         ) from None
-    return _put_new_session(store, connect)
+    session = new_session(connect)
+    store.put(connect, session)
+    if is_enabled_for(DEBUG):
+        log_session_created(store, connect)
+    return session
 
 
 def _check(store: Store, connect: object) -> None:
@@ -98,14 +109,3 @@ def _lock(store: Store, connect: DBConnect) -> asyncio.Lock:
     if lock is None:
         lock = _locks[key] = asyncio.Lock()
     return lock
-
-
-def _put_new_session(store: Store, connect: DBConnect) -> AsyncSession:
-    return _put(store, connect, new_session(connect))
-
-
-def _put(store: Store, connect: DBConnect, session: AsyncSession) -> AsyncSession:
-    store.put(connect, session)
-    if is_enabled_for(DEBUG):
-        log_session_created(store, connect)
-    return session

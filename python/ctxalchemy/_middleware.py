@@ -87,8 +87,8 @@ class ASGIHTTPDBSessionMiddleware:
             if _logging.logged_contexts:
                 # Even if the application has closed its sessions itself.
                 _logging.log_context_closed(store)
-            if items:
-                await _complete.close_all(items)
+            if items and (sessions := _complete.close_without_io(items)):
+                await _complete.close_all(sessions)
         except BaseException as error:
             await _complete.abort(store, error)
             raise

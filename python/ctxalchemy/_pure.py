@@ -111,7 +111,8 @@ class SessionStore:
         """Return the databases and their sessions, in insertion order."""
         if self._database is None or self._session is None:
             return []
-        return [(self._database, self._session), *self._others.values()]
+        first = (self._database, self._session)
+        return [first, *self._others.values()] if self._others else [first]
 
     def clear(self) -> list[tuple[DBConnect, AsyncSession]]:
         """Remove all sessions, and return what ``items()`` would have returned."""

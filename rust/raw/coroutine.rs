@@ -28,8 +28,14 @@ pub trait CoroutineBody: 'static {
     /// The attributes, by name.
     const ATTRIBUTES: &'static [(&'static CStr, Attribute)];
 
-    /// Run the coroutine until it yields or ends.  A panic aborts the process.
-    fn send<'a, 'py>(
+    /// Start a new coroutine, if it can end at once.  A panic aborts the process.
+    fn start<'a, 'py>(running: Running<'a, 'py>) -> Started<'a, 'py>;
+
+    /// Go on with a coroutine that has started and could not end at once.
+    fn wait<'a, 'py>(running: Running<'a, 'py>, needed: Bound<'py, PyAny>) -> Result<SendResult<'a, 'py>, Raised>;
+
+    /// Run a coroutine that is not new, or to which a value is sent.
+    fn resume<'a, 'py>(
         coroutine: &'a Bound<'py, Coroutine>,
         value: &Bound<'py, PyAny>,
     ) -> Result<SendResult<'a, 'py>, Raised>;
@@ -79,9 +85,18 @@ pub enum State {
 }
 
 /// The result of a `send()` that raised no exception.
+#[must_use]
 pub enum SendResult<'a, 'py> {
     Yielded(Bound<'py, PyAny>),
     Returned(Returned<'a, 'py>),
+}
+
+/// The first step of a coroutine.
+pub enum Started<'a, 'py> {
+    Returned(Returned<'a, 'py>),
+    Raised(Raised),
+    /// The coroutine must wait.  The object is for `CoroutineBody::wait`.
+    MustWait(Running<'a, 'py>, Bound<'py, PyAny>),
 }
 
 /// The value that a coroutine has returned.
@@ -251,15 +266,20 @@ impl<'a, 'py> Running<'a, 'py> {
                 self.suspend();
                 Ok(SendResult::Yielded(yielded))
             }
-            (ffi::PySendResult::PYGEN_RETURN, Some(value)) => Ok(self.return_value(value)),
+            (ffi::PySendResult::PYGEN_RETURN, Some(value)) => Ok(SendResult::Returned(self.return_value(value))),
             _ => Err(Raised::by_interpreter()),
         }
     }
 
     /// Return this value from the coroutine, which is done.
     #[inline(always)]
-    pub fn return_value(self, value: Bound<'py, PyAny>) -> SendResult<'a, 'py> {
-        SendResult::Returned(Returned { coroutine: self.0, value })
+    pub fn return_value(self, value: Bound<'py, PyAny>) -> Returned<'a, 'py> {
+        Returned { coroutine: self.0, value }
+    }
+
+    #[inline(always)]
+    pub fn coroutine(&self) -> &'a Bound<'py, Coroutine> {
+        self.0
     }
 
     /// Stop running the coroutine, which waits again.
@@ -363,19 +383,62 @@ unsafe extern "C" fn am_send<B: CoroutineBody>(
     value: *mut ffi::PyObject,
     result: *mut *mut ffi::PyObject,
 ) -> ffi::PySendResult {
-    // SAFETY: the interpreter calls this function with an object of this type, a value and a place for the result, and
-    // with the thread attached.  The interpreter takes over the reference that is the result.
-    unsafe {
+    // SAFETY: the interpreter calls this function with an object of this type and a value, and with the thread
+    // attached.
+    let (coroutine, value) = unsafe {
         let py = Python::assume_attached();
-        let (coroutine, value) = (Coroutine::from_ptr(py, object), Borrowed::from_ptr(py, value));
-        let (status, sent) = match B::send(&coroutine, &value) {
-            Ok(SendResult::Returned(returned)) => (ffi::PySendResult::PYGEN_RETURN, returned.into_value().into_ptr()),
-            Ok(SendResult::Yielded(yielded)) => (ffi::PySendResult::PYGEN_NEXT, yielded.into_ptr()),
-            Err(_) => (ffi::PySendResult::PYGEN_ERROR, ptr::null_mut()),
-        };
-        *result = sent;
-        status
+        (Coroutine::from_ptr(py, object), Borrowed::from_ptr(py, value))
+    };
+    let (status, sent) = match first_step::<B>(&coroutine, &value) {
+        Some(Started::Returned(returned)) => (ffi::PySendResult::PYGEN_RETURN, returned.into_value().into_ptr()),
+        Some(Started::Raised(_)) => (ffi::PySendResult::PYGEN_ERROR, ptr::null_mut()),
+        Some(Started::MustWait(running, needed)) => slow_send::<B>(&coroutine, &value, Some((running, needed))),
+        None => slow_send::<B>(&coroutine, &value, None),
+    };
+    // SAFETY: the interpreter passes a place for the result, and takes over the reference.
+    unsafe { *result = sent };
+    status
+}
+
+/// The first step of a new coroutine.  None: the coroutine is not new, or a value is sent to it.
+#[inline(always)]
+fn first_step<'a, 'py, B: CoroutineBody>(
+    coroutine: &'a Bound<'py, Coroutine>,
+    value: &Bound<'py, PyAny>,
+) -> Option<Started<'a, 'py>> {
+    if !value.is_none() {
+        return None;
     }
+    Some(B::start(Coroutine::start(coroutine)?))
+}
+
+/// Any step but the first one of a coroutine that ends at once.
+///
+/// It is out of line, so that a coroutine that ends at once neither saves the registers that this function needs nor
+/// passes its result through memory.
+#[cold]
+#[inline(never)]
+fn slow_send<'a, 'py, B: CoroutineBody>(
+    coroutine: &'a Bound<'py, Coroutine>,
+    value: &Bound<'py, PyAny>,
+    started: Option<(Running<'a, 'py>, Bound<'py, PyAny>)>,
+) -> (ffi::PySendResult, *mut ffi::PyObject) {
+    match slow_step::<B>(coroutine, value, started) {
+        Ok(SendResult::Returned(returned)) => (ffi::PySendResult::PYGEN_RETURN, returned.into_value().into_ptr()),
+        Ok(SendResult::Yielded(yielded)) => (ffi::PySendResult::PYGEN_NEXT, yielded.into_ptr()),
+        Err(_) => (ffi::PySendResult::PYGEN_ERROR, ptr::null_mut()),
+    }
+}
+
+fn slow_step<'a, 'py, B: CoroutineBody>(
+    coroutine: &'a Bound<'py, Coroutine>,
+    value: &Bound<'py, PyAny>,
+    started: Option<(Running<'a, 'py>, Bound<'py, PyAny>)>,
+) -> Result<SendResult<'a, 'py>, Raised> {
+    catch_panic(|| match started {
+        Some((running, needed)) => B::wait(running, needed),
+        None => B::resume(coroutine, value),
+    })
 }
 
 unsafe extern "C" fn iternext<B: CoroutineBody>(object: *mut ffi::PyObject) -> *mut ffi::PyObject {
@@ -385,7 +448,24 @@ unsafe extern "C" fn iternext<B: CoroutineBody>(object: *mut ffi::PyObject) -> *
         let py = Python::assume_attached();
         (Coroutine::from_ptr(py, object), Borrowed::from_ptr(py, ffi::Py_None()))
     };
-    match B::send(&coroutine, &none) {
+    match first_step::<B>(&coroutine, &none) {
+        Some(Started::Returned(returned)) => returned.raise(),
+        Some(Started::Raised(_)) => {}
+        Some(Started::MustWait(running, needed)) => return slow_next::<B>(&coroutine, &none, Some((running, needed))),
+        None => return slow_next::<B>(&coroutine, &none, None),
+    }
+    ptr::null_mut()
+}
+
+/// The same as `slow_send`, for `iternext`.
+#[cold]
+#[inline(never)]
+fn slow_next<'a, 'py, B: CoroutineBody>(
+    coroutine: &'a Bound<'py, Coroutine>,
+    value: &Bound<'py, PyAny>,
+    started: Option<(Running<'a, 'py>, Bound<'py, PyAny>)>,
+) -> *mut ffi::PyObject {
+    match slow_step::<B>(coroutine, value, started) {
         Ok(SendResult::Returned(returned)) => returned.raise(),
         Ok(SendResult::Yielded(yielded)) => return yielded.into_ptr(),
         Err(_) => {}
@@ -403,9 +483,17 @@ unsafe extern "C" fn send<B: CoroutineBody>(
         let py = Python::assume_attached();
         (Coroutine::from_ptr(py, object), Borrowed::from_ptr(py, value))
     };
-    into_raw(|| match B::send(&coroutine, &value)? {
-        SendResult::Yielded(yielded) => Ok(yielded),
-        SendResult::Returned(returned) => Err(stop_iteration(returned.into_value()).into()),
+    into_raw(|| {
+        let result = match first_step::<B>(&coroutine, &value) {
+            Some(Started::Returned(returned)) => SendResult::Returned(returned),
+            Some(Started::Raised(raised)) => return Err(raised),
+            Some(Started::MustWait(running, needed)) => B::wait(running, needed)?,
+            None => B::resume(&coroutine, &value)?,
+        };
+        match result {
+            SendResult::Yielded(yielded) => Ok(yielded),
+            SendResult::Returned(returned) => Err(stop_iteration(returned.into_value()).into()),
+        }
     })
 }
 

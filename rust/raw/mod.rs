@@ -19,7 +19,7 @@ mod thread;
 mod types;
 
 pub use context_var::ContextVar;
-pub use coroutine::{Attribute, Coroutine, CoroutineBody, Running, SendResult, State};
+pub use coroutine::{Attribute, Coroutine, CoroutineBody, Running, SendResult, Started, State};
 pub use function::{Body, function};
 pub use interpreter::check_interpreter;
 pub use outcome::{Argument, Outcome, Raised, catch_panic};

@@ -10,8 +10,9 @@ pub use reused::ReusableStopIteration;
 
 /// A new StopIteration with this value.
 pub fn stop_iteration(value: Bound<'_, PyAny>) -> PyErr {
-    // The value is in a tuple, because Python interprets a bare tuple or exception in another way.
-    PyStopIteration::new_err((value.unbind(),))
+    // Not with `new_err`, which holds the value in a `Py`: PyO3 does not detect that the interpreter has attached the
+    // thread, and defers the drop of a `Py`.  The session would stay alive.
+    value.py().get_type::<PyStopIteration>().call1((value,)).map_or_else(|error| error, PyErr::from_value)
 }
 
 /// CPython 3.11 awaits through `am_send`, which needs no exception.

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from sqlalchemy import event
 from sqlalchemy.exc import DBAPIError, IllegalStateChangeError, InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Session
 
 from .._errors import closed_context
 from .._shield import Cleanup, raise_all
@@ -23,9 +22,9 @@ from .guard import invalidate, raise_if_aborted, wait_until_terminated
 from .in_use import in_use_error, warn_in_use
 from .internals import (
     await_only,
+    close_idle,
     close_permanently,
     greenlet_spawn,
-    has_objects,
     is_concurrent_use,
     is_permanently_closed,
     own_connections,
@@ -33,7 +32,7 @@ from .internals import (
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
-    from sqlalchemy.orm import SessionTransaction
+    from sqlalchemy.orm import Session, SessionTransaction
 
 _METHODS = {method: getattr(AsyncSession, method) for method in ("flush", "commit", "rollback", "close")}
 _REFUSED = "ctxalchemy: connections are refused"
@@ -56,22 +55,18 @@ async def rollback_session(session: AsyncSession) -> None:
 
 async def close_session(session: AsyncSession) -> None:
     """Roll back the open transaction of the session, and close the session permanently."""
-    if not close_without_io(session):
+    if not close_session_without_io(session):
         await greenlet_spawn(_close, session)
 
 
-def close_without_io(session: AsyncSession) -> bool:
+def close_session_without_io(session: AsyncSession) -> bool:
     """Close the session if this needs no I/O, and return whether the session is closed.
 
     A session without a transaction has no connection checked out.
     """
     if not _is_original(session, "close") or session.in_transaction():
         return False
-    sync_session = session.sync_session
-    # Most sessions have no objects to detach: a session has only weak references to objects that were committed.
-    if type(sync_session) is not Session or has_objects(sync_session):
-        sync_session.close()
-    close_permanently(sync_session)
+    close_idle(session.sync_session)
     return True
 
 
@@ -109,7 +104,7 @@ async def closing(session: AsyncSession) -> AsyncIterator[None]:
     try:
         yield
     except BaseException as error:
-        if not close_without_io(session):
+        if not close_session_without_io(session):
             await closings.run_after(error, [session])
         raise
     else:
