@@ -14,7 +14,7 @@ from ._backend import SessionStore, current_context, db_session
 from ._complete import BeforeCommitCallback
 from ._db_connect import DBConnect
 from ._errors import closed_context, no_context, see
-from ._sqlalchemy.session import atomic, close_session, closing, commit_session, rollback_session
+from ._sqlalchemy.session import close_session, closing, rollback_session
 
 CurrentTransaction = Literal["commit", "rollback", "append", "raise"]
 
@@ -55,7 +55,7 @@ async def _atomic_db_session(
     session = await db_session(connect)
     if session.in_transaction():
         if current_transaction == "commit":
-            await commit_session(session)
+            await _complete.commit_one(connect, session)
         elif current_transaction == "rollback":
             await rollback_session(session)
         elif current_transaction == "raise":
@@ -63,7 +63,7 @@ async def _atomic_db_session(
                 "a transaction is already open on this session: commit or roll it back first, or pass a "
                 "current_transaction other than 'raise'" + see("guides/transactions.md#a-block-that-is-a-transaction")
             )
-    async with atomic(session):
+    async with _complete.atomic(connect, session):
         yield session
 
 
@@ -82,7 +82,7 @@ async def commit_db_session(connect: DBConnect) -> None:
     """
     session = get_db_session_from_context(connect)
     if session is not None and session.in_transaction():
-        await commit_session(session)
+        await _complete.commit_one(connect, session)
 
 
 async def rollback_db_session(connect: DBConnect) -> None:
@@ -284,7 +284,7 @@ async def new_non_ctx_atomic_session(connect: DBConnect) -> AsyncIterator[AsyncS
         >>> async with new_non_ctx_atomic_session(db) as session:
         ...     session.add(User(name="Ada"))
     """
-    async with new_non_ctx_session(connect) as session, atomic(session):
+    async with new_non_ctx_session(connect) as session, _complete.atomic(connect, session):
         yield session
 
 

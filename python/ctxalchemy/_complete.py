@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from . import _logging
 from ._errors import see
-from ._sqlalchemy.session import close_session_without_io, closings, commit_session, flush_session, rollbacks
+from ._sqlalchemy.session import (
+    PartlyCommittedError,
+    close_session_without_io,
+    closings,
+    commit_session,
+    flush_session,
+    rollbacks,
+)
 
 if TYPE_CHECKING:
     from ._backend import SessionStore
@@ -21,9 +29,10 @@ BeforeCommitCallback = Callable[[AsyncSession], Coroutine[Any, Any, None]]
 
 
 class PartialCommitError(RuntimeError):
-    """A commit failed after the commits of other sessions had succeeded.
+    """A commit failed after other commits had succeeded.
 
-    The first error is its ``__cause__``.
+    The first error is its ``__cause__``.  If one session uses several engines, its database can be both committed and
+    failed.
 
     Attributes:
         committed: the databases whose sessions were committed, in the order of the commits.
@@ -38,7 +47,7 @@ class PartialCommitError(RuntimeError):
 
     def __str__(self) -> str:
         return (
-            f"{len(self.committed)} session(s) had been committed when the commit of another failed; "
+            f"{len(self.committed)} session(s) had been committed when another commit failed; "
             f"committed: {', '.join(map(repr, self.committed))}; not committed: {', '.join(map(repr, self.failed))}"
             + see("guides/several-databases.md")
         )
@@ -52,8 +61,16 @@ def is_begun(store: SessionStore) -> bool:
     return False
 
 
-async def commit_all(store: SessionStore, before_commit: BeforeCommitCallback | None = None) -> None:
-    """Commit all sessions that are in a transaction, including those that a hook or another task begins meanwhile."""
+async def commit_all(
+    store: SessionStore, before_commit: BeforeCommitCallback | None = None, streaming: bool = False
+) -> None:
+    """Commit all sessions that are in a transaction, including those that a hook or another task begins meanwhile.
+
+    Args:
+        store: the context.
+        before_commit: awaited with each session before it is committed.
+        streaming: other tasks may begin to use the sessions during the commit.
+    """
     seen: dict[int, AsyncSession] = {}
     committed: list[DBConnect] = []
     failed: list[DBConnect] = []
@@ -62,12 +79,16 @@ async def commit_all(store: SessionStore, before_commit: BeforeCommitCallback | 
             for database, session in batch:
                 if session.in_transaction():
                     failed = [database]
-                    await commit_session(session)
+                    await commit_session(session, streaming)
                     committed.append(database)
                     failed = []
                     if _logging.logged_contexts:
                         _logging.log_context(store, "committed %r", database)
-    except BaseException as error:
+    except BaseException as failure:
+        error = failure
+        if isinstance(failure, PartlyCommittedError):
+            committed += failed
+            error = _cause(failure)
         begun = list(_begun(store, {}))
         failed += [database for database, _ in begun if database not in failed]
         partial = PartialCommitError(committed, failed) if committed else None
@@ -83,6 +104,33 @@ async def commit_all(store: SessionStore, before_commit: BeforeCommitCallback | 
                 raise partial from error
             error.add_note(str(partial))
         raise
+
+
+async def commit_one(database: DBConnect, session: AsyncSession) -> None:
+    """Commit the session of one database."""
+    try:
+        await commit_session(session)
+    except PartlyCommittedError as failure:
+        raise PartialCommitError([database], [database]) from _cause(failure)
+
+
+@asynccontextmanager
+async def atomic(database: DBConnect, session: AsyncSession) -> AsyncIterator[None]:
+    """Run a block in a transaction: committed at the end, rolled back if the block ends early."""
+    try:
+        if not session.in_transaction():
+            await session.begin()
+        yield
+        if session.in_transaction():
+            await commit_one(database, session)
+    except BaseException as error:
+        if session.in_transaction():
+            await rollbacks.run_after(error, [session])
+        raise
+
+
+def _cause(failure: PartlyCommittedError) -> BaseException:
+    return failure if failure.__cause__ is None else failure.__cause__
 
 
 async def roll_back_all(store: SessionStore) -> None:

@@ -132,7 +132,9 @@ class _Response:
                 # The application caught the failed commit.  It may still send an error, but not a success.
                 self._raise_failure(self.failure)
             else:
-                await _complete.commit_all(self._store, self._middleware.before_commit)
+                # A response without a length is a stream: its body may begin to read the database during the commit.
+                streaming = b"content-length" not in dict(message.get("headers", ()))
+                await _complete.commit_all(self._store, self._middleware.before_commit, streaming)
         except BaseException as error:
             self.failure = self.failure or error
             raise

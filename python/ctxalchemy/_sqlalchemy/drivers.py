@@ -1,4 +1,4 @@
-"""What differs between drivers: is a statement being executed on a connection, and how is the statement cancelled.
+"""What differs between drivers: is a statement being executed, how is it cancelled, and did COMMIT really commit.
 
 The driver need not detect that a statement is being executed.  Before the implicit BEGIN is through, asyncpg considers
 that there is nothing to commit, and would let the pool reuse the connection while the statement still waits on it.
@@ -8,7 +8,9 @@ To support another driver, add its cases here.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from contextlib import suppress
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from .internals import await_only, has_waiters, in_greenlet, statement_lock
@@ -18,6 +20,12 @@ if TYPE_CHECKING:
 
 CANCEL_TIMEOUT = 2.0
 """Seconds for the server to cancel a statement: as long as SQLAlchemy waits for asyncpg to close a connection."""
+
+_DEADLOCK = 1213
+"""The error of MySQL and MariaDB after which InnoDB has rolled back the whole transaction."""
+
+
+# --- is the connection in use? -----------------------------------------------------------------------
 
 
 def is_in_use(connection: Connection) -> bool:
@@ -45,19 +53,81 @@ def reports_in_use(error: BaseException) -> bool:
     return "another operation is in progress" in str(error)
 
 
+# --- what does an error mean? ------------------------------------------------------------------------
+
+
 def is_refusal(error: BaseException | None) -> bool:
     """Return whether the error is the answer of the database, so that the state of the connection is known.
 
-    Everything else, such as a timeout or an error of the driver, leaves it open what the database has done.
+    After any other error, such as a timeout or an error of the driver, it is unknown what the database has done.
     """
     if sqlstate := getattr(error, "sqlstate", None):
         # asyncpg and psycopg.  Class 08 is a broken connection, class 57P a server that is shutting down.
         return not str(sqlstate).startswith(("08", "57P"))
     if getattr(error, "sqlite_errorcode", None) is not None:
         return True
-    # The drivers for MySQL and MariaDB.  The client library uses the numbers from 2000 to 2999.
+    number = _mysql_number(error)
+    # The client library uses the numbers from 2000 to 2999.
+    return number is not None and not 2000 <= number < 3000
+
+
+def ends_transaction(error: BaseException | None) -> bool:
+    """Return whether the database has rolled back the whole transaction, as InnoDB does after a deadlock."""
+    return _mysql_number(error) == _DEADLOCK
+
+
+def _mysql_number(error: BaseException | None) -> int | None:
+    """Return the error number, which all drivers for MySQL and MariaDB pass as the first argument."""
     number = error.args[0] if error is not None and error.args else None
-    return isinstance(number, int) and not 2000 <= number < 3000
+    return number if isinstance(number, int) else None
+
+
+# --- did COMMIT commit? ------------------------------------------------------------------------------
+#
+# PostgreSQL answers COMMIT in an aborted transaction with ROLLBACK, and no driver raises an error for that:
+# https://www.postgresql.org/docs/current/sql-commit.html
+
+
+def check_asyncpg_commits(_dialect: object, _record: object, _arguments: object, options: dict[str, Any]) -> None:
+    """A listener for ``do_connect``: let asyncpg raise an error if COMMIT was answered with ROLLBACK."""
+    from asyncpg import Connection as AsyncpgConnection
+
+    options["connection_class"] = _checked_class(options.get("connection_class") or AsyncpgConnection)
+
+
+@cache
+def _checked_class(connection_class: Any) -> Any:
+    from asyncpg import InFailedSQLTransactionError
+
+    execute = connection_class.execute
+
+    async def check(execution: Coroutine[Any, Any, str]) -> str:
+        answer = await execution
+        if answer == "ROLLBACK":
+            raise InFailedSQLTransactionError("current transaction is aborted, and COMMIT has rolled it back")
+        return answer
+
+    class CheckedConnection(connection_class):  # type: ignore[misc]
+        __slots__ = ()
+
+        # Not ``async``: every other statement is passed on without a coroutine of its own.
+        def execute(self, query: str, *args: Any, timeout: float | None = None) -> Coroutine[Any, Any, str]:
+            execution = execute(self, query, *args, timeout=timeout)
+            return check(execution) if query == "COMMIT;" else execution
+
+    return CheckedConnection
+
+
+def raise_if_aborted_psycopg(driver_connection: Any) -> None:
+    """Raise the error of PostgreSQL if the transaction is aborted.  psycopg tracks this, so it takes no round trip."""
+    from psycopg.errors import InFailedSqlTransaction
+    from psycopg.pq import TransactionStatus
+
+    if driver_connection.info.transaction_status == TransactionStatus.INERROR:
+        raise InFailedSqlTransaction("current transaction is aborted, and COMMIT would roll it back")
+
+
+# --- cancelling --------------------------------------------------------------------------------------
 
 
 def cancel_statement(connection: Connection) -> None:
@@ -73,12 +143,26 @@ def cancel_statement(connection: Connection) -> None:
         if pgconn := getattr(driver_connection, "pgconn", None):
             pgconn.finish()
     elif is_in_use(connection):
-        # If this fails, terminating the connection ends the statement less gracefully.
-        with suppress(Exception):
-            if hasattr(driver_connection, "cancel_safe"):
-                await_only(_cancel_psycopg(driver_connection))
-            elif hasattr(driver_connection, "interrupt"):
-                await_only(_cancel_aiosqlite(driver_connection))
+        if hasattr(driver_connection, "cancel_safe"):
+            _await_quietly(_cancel_psycopg(driver_connection))
+        elif hasattr(driver_connection, "interrupt"):
+            _await_quietly(_cancel_aiosqlite(driver_connection))
+
+
+def cancel_abandoned_statement(connection: Connection) -> None:
+    """Cancel the statement of a task that was cancelled, if the driver goes on with it: the thread of aiosqlite does.
+
+    The task no longer holds the lock, and SQLite keeps its own locks until the statement is finalized.
+    """
+    driver_connection: Any = connection.connection.driver_connection
+    if hasattr(driver_connection, "interrupt") and in_greenlet():
+        _await_quietly(_cancel_aiosqlite(driver_connection))
+
+
+def _await_quietly(cancellation: Any) -> None:
+    # If this fails, terminating the connection ends the statement less gracefully.
+    with suppress(Exception):
+        await_only(cancellation)
 
 
 async def _cancel_psycopg(driver_connection: Any) -> None:
@@ -89,5 +173,6 @@ async def _cancel_psycopg(driver_connection: Any) -> None:
 
 async def _cancel_aiosqlite(driver_connection: Any) -> None:
     # SQLite keeps a closed database open, and locked, until the last statement on it is finalized.
-    await driver_connection.interrupt()
-    await driver_connection.rollback()
+    async with asyncio.timeout(CANCEL_TIMEOUT):
+        await driver_connection.interrupt()
+        await driver_connection.rollback()

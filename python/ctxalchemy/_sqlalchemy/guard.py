@@ -18,7 +18,17 @@ from sqlalchemy import Connection, Engine, PoolProxiedConnection, event
 from sqlalchemy.exc import InvalidRequestError
 
 from .._errors import see
-from .drivers import cancel_statement, is_executing, is_refusal
+from . import drivers
+from .cursors import guard_cursors, is_fetching
+from .drivers import (
+    cancel_abandoned_statement,
+    cancel_statement,
+    check_asyncpg_commits,
+    ends_transaction,
+    is_executing,
+    is_refusal,
+    raise_if_aborted_psycopg,
+)
 from .internals import await_only, in_greenlet
 
 if TYPE_CHECKING:
@@ -27,6 +37,8 @@ if TYPE_CHECKING:
     from sqlalchemy.pool import ConnectionPoolEntry, ManagesConnection
 
 _KEY = "ctxalchemy"
+IN_USE_TIMEOUT = 1.0
+"""Seconds for which a commit waits until another task has executed its statement."""
 _TERMINATE_TIMEOUT = 4.0
 """Seconds for another task to terminate a connection: twice as long as SQLAlchemy waits for asyncpg to close one."""
 
@@ -38,6 +50,8 @@ class _State:
     pool_entry: ConnectionPoolEntry
     failed: ref[PoolProxiedConnection] | None = None
     """The last checkout during which a statement failed: the transaction of this checkout may be aborted."""
+    rolled_back: ref[PoolProxiedConnection] | None = None
+    """The last checkout whose transaction the database has rolled back because of an error."""
     invalidated: bool = False
     """A task is terminating the connection, or has terminated it."""
 
@@ -49,6 +63,8 @@ def watch(engine: AsyncEngine) -> None:
         event.listen(engine.sync_engine, "invalidate", _on_invalidate)
         event.listen(engine.sync_engine, "handle_error", _on_error)
         _note_failures(engine.dialect)
+        _check_commits(engine)
+        guard_cursors(engine.dialect)
 
 
 def _note_failures(dialect: Dialect) -> None:
@@ -63,10 +79,59 @@ def _note_failures(dialect: Dialect) -> None:
     def note_failure(e: Any, connection: Any, cursor: Any) -> bool:
         # While a connection is being set up, this is not yet the connection of a pool.
         if isinstance(connection, PoolProxiedConnection) and (state := _state(connection)) is not None:
-            state.failed = ref(connection)
+            _note_failure(state, connection, e)
         return is_disconnect(e, connection, cursor)
 
     dialect.is_disconnect = note_failure  # type: ignore[method-assign]
+
+
+def _note_failure(state: _State, proxied: PoolProxiedConnection, error: BaseException | None) -> None:
+    state.failed = ref(proxied)
+    if ends_transaction(error):
+        state.rolled_back = ref(proxied)
+
+
+def _check_commits(engine: AsyncEngine) -> None:
+    """Let each commit on this engine raise if the database would not commit, whoever calls it.
+
+    Each driver needs its own way.  None of them takes a round trip.
+    """
+    dialect = engine.dialect
+    do_commit, do_rollback = dialect.do_commit, dialect.do_rollback
+
+    def commit_psycopg(dbapi_connection: PoolProxiedConnection) -> None:
+        raise_if_aborted_psycopg(dbapi_connection.driver_connection)
+        do_commit(dbapi_connection)
+
+    def commit_mysql(dbapi_connection: PoolProxiedConnection) -> None:
+        if _was_rolled_back(dbapi_connection):
+            raise _rolled_back_by_database()
+        do_commit(dbapi_connection)
+
+    def rollback_mysql(dbapi_connection: PoolProxiedConnection) -> None:
+        if (state := _state(dbapi_connection)) is not None:
+            state.rolled_back = None
+        do_rollback(dbapi_connection)
+
+    if dialect.driver == "asyncpg":
+        event.listen(engine.sync_engine, "do_connect", check_asyncpg_commits)
+    elif dialect.driver == "psycopg":
+        dialect.do_commit = commit_psycopg  # type: ignore[method-assign]
+    elif dialect.name in ("mysql", "mariadb"):
+        dialect.do_commit = commit_mysql  # type: ignore[method-assign]
+        dialect.do_rollback = rollback_mysql  # type: ignore[method-assign]
+
+
+def _was_rolled_back(proxied: PoolProxiedConnection) -> bool:
+    state = _state(proxied)
+    return state is not None and state.rolled_back is not None and state.rolled_back() is proxied
+
+
+def _rolled_back_by_database() -> InvalidRequestError:
+    return InvalidRequestError(
+        "this transaction cannot be committed: the database rolled it back because of an error, such as a deadlock, "
+        "and the application handled that error" + see("what-happens-when.md")
+    )
 
 
 def _on_connect(_dbapi_connection: object, pool_entry: ConnectionPoolEntry) -> None:
@@ -84,6 +149,10 @@ def _on_error(context: ExceptionContext) -> None:
     connection = context.connection
     if connection is None or connection.closed or connection.invalidated:
         return
+    if (state := _state(connection.connection)) is not None:
+        # SQLAlchemy does not call ``is_disconnect`` for errors that its adapter does not translate, such as those of
+        # asyncpg while a result is streamed.
+        _note_failure(state, connection.connection, context.original_exception)
     if is_being_terminated(connection):
         # SQLAlchemy would terminate the connection a second time, and when the first termination is complete, it would
         # remove the new connection that has replaced this one in the pool.
@@ -100,6 +169,8 @@ def _on_error(context: ExceptionContext) -> None:
             context.invalidate_pool_on_disconnect = False
         if context.is_disconnect:
             watch_commits(connection)
+            if isinstance(context.original_exception, asyncio.CancelledError):
+                cancel_abandoned_statement(connection)
 
 
 def _is_cancelled_while_waiting(context: ExceptionContext, connection: Connection) -> bool:
@@ -122,14 +193,15 @@ def watch_commits(target: Connection | Engine) -> None:
 def raise_if_aborted(connection: Connection) -> None:
     """Raise if the transaction of this connection can no longer be committed."""
     raise_if_terminated(connection)
-    if connection.dialect.name != "postgresql":
-        return
     proxied = connection.connection
+    if connection.dialect.name != "postgresql":
+        if _was_rolled_back(proxied):
+            raise _rolled_back_by_database()
+        return
     state = _state(proxied)
     if state is None or (state.failed is not None and state.failed() is proxied):
-        # PostgreSQL answers COMMIT in an aborted transaction with ROLLBACK, and no driver raises an error for that:
-        # https://www.postgresql.org/docs/current/sql-commit.html.  Any other statement fails.  Only the server knows
-        # whether the transaction is aborted: a savepoint may have handled the error.
+        # In an aborted transaction, any statement but ROLLBACK fails.  Only the server knows whether the transaction is
+        # aborted: a savepoint may have handled the error.
         connection.exec_driver_sql("SELECT 1")
 
 
@@ -144,6 +216,24 @@ def raise_if_terminated(connection: Connection) -> None:
             "this transaction cannot be committed: its connection was closed while the transaction was open"
             + see("what-happens-when.md")
         )
+
+
+def is_in_use(connection: Connection) -> bool:
+    """Return whether a task is executing a statement on the connection, or fetching its rows, or waiting to execute."""
+    return drivers.is_in_use(connection) or is_fetching(connection)
+
+
+def wait_while_in_use(connection: Connection) -> bool:
+    """Wait until no other task is executing a statement on the connection, and return whether this is so.
+
+    The wait ends after one second.
+    """
+    deadline = monotonic() + IN_USE_TIMEOUT
+    while not connection.closed and not connection.invalidated and is_in_use(connection):
+        if monotonic() > deadline:
+            return False
+        await_only(asyncio.sleep(0.002))
+    return True
 
 
 def wait_until_terminated(connection: Connection) -> None:

@@ -26,12 +26,12 @@ __all__ = [
     "await_only",
     "close_idle",
     "close_permanently",
+    "connections_of",
     "greenlet_spawn",
     "has_waiters",
     "in_greenlet",
     "is_concurrent_use",
     "is_permanently_closed",
-    "own_connections",
     "statement_lock",
 ]
 
@@ -61,18 +61,21 @@ def close_permanently(session: Session) -> None:
     session._close_state = _CLOSED
 
 
-def own_connections(session: Session) -> list[Connection]:
-    """Return the connections that the session has checked out of a pool: ``SessionTransaction._connections``.
+def connections_of(session: Session) -> list[tuple[Connection, bool]]:
+    """Return the connections of the open transaction of a session: ``SessionTransaction._connections``.
 
-    A connection that was passed to the session is not among them.  The public ``SessionTransaction.connections`` exists
-    since SQLAlchemy 2.1.7 and does not distinguish the two.  Checked with 2.0.40 to 2.1.9.
+    The public ``SessionTransaction.connections`` exists since SQLAlchemy 2.1.7 and does not distinguish connections
+    that the session has checked out from those that were passed to it.  Checked with 2.0.40 to 2.1.9.
+
+    Returns:
+        Each connection, and whether the session has checked it out of a pool.
     """
     transaction = session.get_transaction()
     if transaction is None:
         return []
     # Each connection is in the dictionary twice: under itself, and under its engine.
     found = transaction._connections.items()
-    return [connection for key, (connection, _, _, is_own) in found if is_own and key is connection]
+    return [(connection, is_own) for key, (connection, _, _, is_own) in found if key is connection]
 
 
 def statement_lock(connection: Connection) -> asyncio.Lock | None:

@@ -7,8 +7,10 @@ used only through their public methods.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from sqlalchemy import event
@@ -16,18 +18,26 @@ from sqlalchemy.exc import DBAPIError, IllegalStateChangeError, InvalidRequestEr
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from .._errors import closed_context
-from .._shield import Cleanup, raise_all
-from .drivers import is_in_use, reports_in_use
-from .guard import invalidate, raise_if_aborted, wait_until_terminated
+from .._shield import Cleanup, add_note, raise_all
+from .drivers import is_refusal, reports_in_use
+from .gate import Gate
+from .guard import (
+    IN_USE_TIMEOUT,
+    invalidate,
+    is_in_use,
+    raise_if_aborted,
+    wait_until_terminated,
+    wait_while_in_use,
+)
 from .in_use import in_use_error, warn_in_use
 from .internals import (
     await_only,
     close_idle,
     close_permanently,
+    connections_of,
     greenlet_spawn,
     is_concurrent_use,
     is_permanently_closed,
-    own_connections,
 )
 
 if TYPE_CHECKING:
@@ -38,14 +48,26 @@ _METHODS = {method: getattr(AsyncSession, method) for method in ("flush", "commi
 _REFUSED = "ctxalchemy: connections are refused"
 
 
+class PartlyCommittedError(Exception):
+    """A session uses several engines, and a commit failed after the commit on another engine had succeeded.
+
+    The first error is its ``__cause__``.
+    """
+
+
 async def flush_session(session: AsyncSession) -> None:
     """Do the part of a commit that can fail before anything is committed."""
     await greenlet_spawn(_flush, session)
 
 
-async def commit_session(session: AsyncSession) -> None:
-    """Commit the session.  If that fails, its connections are invalidated."""
-    await greenlet_spawn(_commit, session)
+async def commit_session(session: AsyncSession, streaming: bool = False) -> None:
+    """Commit the session.  If the outcome is unknown, its connections are invalidated.
+
+    Args:
+        session: the session.
+        streaming: other tasks may begin to use the session during the commit.
+    """
+    await greenlet_spawn(_commit, session, streaming)
 
 
 async def rollback_session(session: AsyncSession) -> None:
@@ -84,21 +106,6 @@ closings = Cleanup(close_session, terminate_session)
 
 
 @asynccontextmanager
-async def atomic(session: AsyncSession) -> AsyncIterator[None]:
-    """Run a block in a transaction: committed at the end, rolled back if the block ends early."""
-    try:
-        if not session.in_transaction():
-            await session.begin()
-        yield
-        if session.in_transaction():
-            await commit_session(session)
-    except BaseException as error:
-        if session.in_transaction():
-            await rollbacks.run_after(error, [session])
-        raise
-
-
-@asynccontextmanager
 async def closing(session: AsyncSession) -> AsyncIterator[None]:
     """Close the session after a block, however the block ends."""
     try:
@@ -115,47 +122,74 @@ async def closing(session: AsyncSession) -> AsyncIterator[None]:
 
 
 def _flush(session: AsyncSession) -> None:
-    _call(session, "flush")
-    _check_connections(session)
-
-
-def _commit(session: AsyncSession) -> None:
-    if _is_async_session(session):
-        # If the flush fails, the state is known: SQLAlchemy has rolled back.
+    if not _is_async_session(session):
         _call(session, "flush")
+        return
+    gate = Gate(session.sync_session)
     try:
-        _check_connections(session)
+        _when_free(session, gate, lambda: _call(session, "flush"))
+        _check_connections(session, gate)
+    finally:
+        gate.open()
+
+
+def _commit(session: AsyncSession, streaming: bool) -> None:
+    if not _is_async_session(session):
         _call(session, "commit")
+        return
+    gate = Gate(session.sync_session)
+    if streaming:
+        gate.close()
+    try:
+        # If the flush fails, the state is known: SQLAlchemy has rolled back.
+        _when_free(session, gate, lambda: _call(session, "flush"))
+        _commit_flushed(session, gate)
+    finally:
+        gate.open()
+
+
+def _commit_flushed(session: AsyncSession, gate: Gate) -> None:
+    try:
+        _when_free(session, gate, lambda: _check_and_commit(session, gate))
     except BaseException as error:
         if is_concurrent_use(error) and _refuses_connections(session):
             return  # There is nothing to commit: another task is still waiting for the first connection.
-        _invalidate(session)
+        if isinstance(error, DBAPIError) and is_refusal(error.orig):
+            # The database has answered: the state of the connection is known, and the connection can be used again.
+            try:
+                _end(session, "rollback", _rolled_back)
+            except Exception as later:
+                add_note(error, "then the rollback failed", later)
+        else:
+            _invalidate(session)
+        raise
+
+
+def _check_and_commit(session: AsyncSession, gate: Gate) -> None:
+    _check_connections(session, gate)
+    connections = _own_connections(session)
+    if len(connections) < 2:
+        _call(session, "commit")
+        return
+    # SQLAlchemy commits one connection after the other.
+    begun: list[Connection] = []
+    for connection in connections:
+        event.listen(connection, "commit", lambda connection: begun.append(connection))
+    try:
+        _call(session, "commit")
+    except Exception as error:
+        if len(begun) > 1:
+            _invalidate(session, connections)
+            raise PartlyCommittedError from error
         raise
 
 
 def _roll_back(session: AsyncSession) -> None:
-    _roll_back_or_refuse(session, _rolled_back)
+    _end(session, "rollback", _rolled_back)
 
 
 def _rolled_back() -> InvalidRequestError:
     return InvalidRequestError("another task rolled back this session while this task was waiting for a connection")
-
-
-def _roll_back_or_refuse(session: AsyncSession, error_for_waiting_task: Callable[[], Exception]) -> None:
-    _invalidate_in_use(session)
-    try:
-        _call(session, "rollback")
-    except BaseException as error:
-        if is_concurrent_use(error):
-            _refuse_connections(session, error_for_waiting_task)
-        elif is_permanently_closed(error):
-            pass  # A listener of the application tried to begin in the session again.  The session is being closed.
-        elif isinstance(error, DBAPIError) and reports_in_use(error):
-            warn_in_use(session.sync_session)
-        else:
-            if session.in_transaction():
-                _invalidate(session)
-            raise
 
 
 def _close(session: AsyncSession) -> None:
@@ -163,22 +197,41 @@ def _close(session: AsyncSession) -> None:
         # This comes first: as soon as the rollback is awaited, SQLAlchemy lets another task begin in the session.
         close_permanently(session.sync_session)
     try:
-        if session.in_transaction():
-            _roll_back_or_refuse(session, closed_context)
+        # Closing rolls back too.  Unlike a rollback, it does not expire the objects that the session has loaded.
+        if session.in_transaction() and not _is_original(session, "rollback"):
+            _end(session, "rollback", closed_context)
     finally:
-        try:
-            _call(session, "close")
-        except IllegalStateChangeError:
-            _refuse_connections(session, closed_context)
+        _end(session, "close", closed_context)
 
 
-def _invalidate_in_use(session: AsyncSession) -> None:
+def _end(session: AsyncSession, method: str, error_for_waiting_task: Callable[[], Exception]) -> None:
+    """Call ``rollback`` or ``close``.  If that fails, the connections of the session are invalidated."""
+    connections = _own_connections(session)
+    _invalidate_in_use(session, connections)
+    try:
+        _call(session, method)
+    except BaseException as error:
+        if is_concurrent_use(error):
+            _refuse_connections(session, error_for_waiting_task)
+        elif is_permanently_closed(error):
+            # A listener of the application tried to begin in the session again.  SQLAlchemy has closed one of the
+            # nested transactions, and skipped the outer ones.
+            if method == "close" and session.in_transaction():
+                _end(session, method, error_for_waiting_task)
+        elif isinstance(error, DBAPIError) and reports_in_use(error):
+            warn_in_use(session.sync_session)
+        else:
+            _invalidate(session, connections)
+            raise
+
+
+def _invalidate_in_use(session: AsyncSession, connections: Iterable[Connection]) -> None:
     """Invalidate the connections on which another task is executing a statement, which cancels the statement.
 
     asyncpg could not roll back such a connection, and the next task to check out the connection would find the
     statement still being executed.
     """
-    for connection in _own_connections(session):
+    for connection in connections:
         if not connection.invalidated:
             wait_until_terminated(connection)
         if not connection.closed and not connection.invalidated and is_in_use(connection):
@@ -186,12 +239,15 @@ def _invalidate_in_use(session: AsyncSession) -> None:
             invalidate(connection)
 
 
-def _invalidate(session: AsyncSession) -> None:
-    """Invalidate the connections of the session: their state is unknown, and they must not go back to the pool."""
+def _invalidate(session: AsyncSession, connections: Iterable[Connection] = ()) -> None:
+    """Invalidate the connections of the session, and those that it had before.
+
+    The state of these connections is unknown, and they must not go back to the pool.
+    """
     if not _is_async_session(session):
         return
     failures: list[BaseException] = []
-    for connection in _own_connections(session):
+    for connection in {*_own_connections(session), *connections}:
         try:
             if not connection.closed and not connection.invalidated:
                 wait_until_terminated(connection)
@@ -206,13 +262,15 @@ def _invalidate(session: AsyncSession) -> None:
         raise_all(failures, "several connections could not be invalidated")
 
 
-def _check_connections(session: AsyncSession) -> None:
+def _check_connections(session: AsyncSession, gate: Gate) -> None:
     """Raise if the commit would be a success to the driver, and not to the database."""
-    for connection in _own_connections(session):
+    for connection, _ in connections_of(session.sync_session):
         if connection.invalidated:
             continue  # The commit raises.
         if is_in_use(connection):
-            raise in_use_error(session.sync_session)
+            gate.close()
+            if not wait_while_in_use(connection):
+                raise in_use_error(session.sync_session)
         raise_if_aborted(connection)
 
 
@@ -247,8 +305,23 @@ def _call(session: AsyncSession, method: str) -> None:
         await_only(getattr(session, method)())
 
 
+def _when_free(session: AsyncSession, gate: Gate, operation: Callable[[], None]) -> None:
+    """Flush or commit.  Try again for up to one second while another task is checking out a connection."""
+    deadline = monotonic() + IN_USE_TIMEOUT
+    while True:
+        try:
+            return operation()
+        except InvalidRequestError as error:
+            if not is_concurrent_use(error) or _refuses_connections(session) or monotonic() > deadline:
+                raise
+        gate.close()
+        await_only(asyncio.sleep(0.002))
+
+
 def _own_connections(session: AsyncSession) -> list[Connection]:
-    return own_connections(session.sync_session) if _is_async_session(session) else []
+    if not _is_async_session(session):
+        return []
+    return [connection for connection, is_own in connections_of(session.sync_session) if is_own]
 
 
 def _is_async_session(session: AsyncSession) -> bool:

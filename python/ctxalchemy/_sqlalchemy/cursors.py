@@ -1,0 +1,85 @@
+"""Server-side cursors: a result that is streamed cannot use its connection after the connection was checked in.
+
+A streamed result reads its rows from a cursor on the server.  When the transaction ends, the cursor ends too, and the
+connection goes back to the pool.  Without this module, reading on would send a fetch on a connection that another
+request has checked out meanwhile, and would abort the transaction of that request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy.exc import InvalidRequestError
+
+from .._errors import see
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection, Dialect, PoolProxiedConnection
+    from sqlalchemy.engine.default import DefaultExecutionContext
+
+
+_FETCHES = "ctxalchemy: fetches"
+
+
+def guard_cursors(dialect: Dialect) -> None:
+    """Let each server-side cursor of this dialect raise if its connection was checked in.
+
+    Only streamed results have such a cursor: other statements do not pay for this.
+    """
+    context_class: type[DefaultExecutionContext] = dialect.execution_ctx_cls  # type: ignore[assignment]
+
+    class GuardedContext(context_class):  # type: ignore[misc, valid-type]
+        def create_server_side_cursor(self) -> Any:
+            return ServerSideCursor(super().create_server_side_cursor(), self.root_connection.connection)
+
+    dialect.execution_ctx_cls = GuardedContext
+
+
+class ServerSideCursor:
+    """A cursor of SQLAlchemy's adapter for a driver.
+
+    Args:
+        cursor: the cursor.
+        proxied: the connection, as it was checked out of the pool.
+    """
+
+    def __init__(self, cursor: Any, proxied: PoolProxiedConnection) -> None:
+        self._cursor = cursor
+        self._proxied = proxied
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cursor, name)
+
+    def fetchone(self) -> Any:
+        return self._fetch(self._cursor.fetchone)
+
+    def fetchmany(self, size: int | None = None) -> Any:
+        return self._fetch(self._cursor.fetchmany, size)
+
+    def fetchall(self) -> Any:
+        return self._fetch(self._cursor.fetchall)
+
+    def close(self) -> None:
+        # Closing may send a statement, and the server has closed the cursor with its transaction.
+        if self._proxied.is_valid:
+            self._cursor.close()
+
+    def _fetch(self, method: Callable[..., Any], *arguments: Any) -> Any:
+        info = self._proxied.record_info if self._proxied.is_valid else None
+        if info is None:
+            raise InvalidRequestError(
+                "this streamed result cannot be read any further: its transaction has ended; read the result before "
+                "the transaction ends, or stream it in a transaction of its own"
+                + see("guides/streams-and-background-tasks.md#stream-a-large-result")
+            )
+        info[_FETCHES] = info.get(_FETCHES, 0) + 1
+        try:
+            return method(*arguments)
+        finally:
+            info[_FETCHES] -= 1
+
+
+def is_fetching(connection: Connection) -> bool:
+    """Return whether a task is fetching rows from a server-side cursor.  asyncpg holds no lock for this."""
+    return bool((connection.connection.record_info or {}).get(_FETCHES))

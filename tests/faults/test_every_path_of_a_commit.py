@@ -1,0 +1,212 @@
+"""A commit is a success only if the database committed, on whichever path the session came to its connection."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from support.apps import Answer, build, call
+from support.faults import CommitGate, assert_whole, pids
+from support.schema import Schema, add_note, break_commit, checked_out, count_notes
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+
+async def fail_quietly(session: AsyncSession) -> None:
+    """Abort the transaction, and handle the error."""
+    with suppress(DBAPIError):
+        await session.execute(text("SELECT 1 / 0"))
+
+
+async def test_commit_of_the_application_itself_fails_if_the_transaction_is_aborted(
+    ctxalchemy: ModuleType, schema: Schema, driven: Any
+) -> None:
+    async with ctxalchemy.new_ctx():
+        session = await ctxalchemy.db_session(driven)
+        await add_note(session, "lost")
+        await fail_quietly(session)
+        with pytest.raises(DBAPIError, match="current transaction is aborted"):
+            await session.commit()
+        await session.rollback()
+        await add_note(session, "kept")
+        await session.commit()
+    await assert_whole(ctxalchemy, schema, driven, notes=["kept"])
+
+
+async def test_error_of_the_driver_connection_fails_the_commit(
+    ctxalchemy: ModuleType, schema: Schema, driven: Any
+) -> None:
+    """SQLAlchemy cannot detect it; what the server answers to COMMIT does."""
+
+    async def work() -> None:
+        session = await ctxalchemy.db_session(driven)
+        await add_note(session, "lost")
+        driver_connection: Any = (await (await session.connection()).get_raw_connection()).driver_connection
+        with suppress(Exception):
+            await driver_connection.execute("SELECT 1 / 0")
+
+    with pytest.raises(DBAPIError, match="current transaction is aborted"):
+        await ctxalchemy.run_in_new_ctx(work)
+    await assert_whole(ctxalchemy, schema, driven, notes=[])
+
+
+@pytest.mark.parametrize("begun_before", [False, True], ids=["session begins", "connection has begun"])
+async def test_session_bound_to_a_connection_is_checked(
+    ctxalchemy: ModuleType, schema: Schema, driven: Any, begun_before: bool
+) -> None:
+    engine = (await driven.session_maker()).kw["bind"]
+    async with engine.connect() as connection:
+        if begun_before:
+            await connection.execute(text("SELECT 1"))
+
+        async def work() -> None:
+            ctxalchemy.put_db_session_to_context(driven, AsyncSession(connection))
+            session = await ctxalchemy.db_session(driven)
+            await add_note(session, "lost")
+            await fail_quietly(session)
+
+        with pytest.raises(DBAPIError, match="current transaction is aborted"):
+            await ctxalchemy.run_in_new_ctx(work)
+    await assert_whole(ctxalchemy, schema, driven, notes=[])
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class First(Base):
+    __tablename__ = "note"
+    name: Mapped[str] = mapped_column(primary_key=True)
+
+
+class OtherBase(DeclarativeBase):
+    pass
+
+
+class Second(OtherBase):
+    __tablename__ = "child"
+    note: Mapped[str] = mapped_column(primary_key=True)
+
+
+@pytest.fixture
+async def two_engines(ctxalchemy: ModuleType, schema: Schema) -> Any:
+    """A ``DBConnect`` whose sessions use one engine for each mapped class."""
+    plain = schema.db(ctxalchemy)
+    engines = [plain.engine_creator("localhost"), plain.engine_creator("localhost")]
+
+    def maker(_engine: Any) -> Any:
+        binds = {Base: engines[0], OtherBase: engines[1]}
+        return async_sessionmaker(binds=binds, expire_on_commit=False)
+
+    db = ctxalchemy.DBConnect(lambda _host: engines[0], maker, "localhost")
+    yield db
+    for engine in engines:
+        assert engine.pool.checkedout() == 0
+        await engine.dispose()
+    await db.close()
+
+
+@pytest.mark.parametrize("how", ["context", "commit_db_session", "atomic", "middleware"])
+async def test_session_over_two_engines_that_commits_only_one_raises_a_partial_commit_error(
+    ctxalchemy: ModuleType, schema: Schema, two_engines: Any, how: str
+) -> None:
+    async def work(name: str) -> None:
+        session = await ctxalchemy.db_session(two_engines)
+        session.add_all([First(name=name), Second(note="no such note")])
+
+    async def attempt(name: str) -> None:
+        async def endpoint() -> Answer:
+            await work(name)
+            return Answer()
+
+        if how == "middleware":
+            await call(build("asgi", ctxalchemy, endpoint))
+            return
+        async with ctxalchemy.new_ctx():
+            if how == "atomic":
+                async with ctxalchemy.atomic_db_session(two_engines):
+                    await work(name)
+            else:
+                await work(name)
+            if how == "commit_db_session":
+                await ctxalchemy.commit_db_session(two_engines)
+
+    # SQLAlchemy chooses which of the two engines is committed first.
+    kept: list[str] = []
+    for number in range(60):
+        name = f"note {number:02}"
+        with pytest.raises((ctxalchemy.PartialCommitError, IntegrityError)) as caught:
+            await attempt(name)
+        if not isinstance(caught.value, IntegrityError):
+            kept.append(name)
+            assert (caught.value.committed, caught.value.failed) == ((two_engines,), (two_engines,))
+            assert isinstance(caught.value.__cause__, IntegrityError)
+        assert await schema.notes() == kept
+        if kept and len(kept) <= number:
+            return
+    pytest.fail(f"both orders should have occurred, and one occurred {len(kept)} times of 60")
+
+
+async def test_thousand_refused_commits_open_no_new_connection(
+    ctxalchemy: ModuleType, schema: Schema, driven: Any
+) -> None:
+    async with ctxalchemy.new_ctx():
+        await count_notes(await ctxalchemy.db_session(driven))
+    before = await pids(schema)
+    for _ in range(1000):
+        with pytest.raises(IntegrityError):
+            async with ctxalchemy.new_ctx():
+                await break_commit(await ctxalchemy.db_session(driven))
+    assert await pids(schema) == before
+    assert await checked_out(driven) == 0
+    await assert_whole(ctxalchemy, schema, driven, notes=[])
+
+
+async def test_refused_serialization_keeps_the_connection(ctxalchemy: ModuleType, schema: Schema, driven: Any) -> None:
+    async with ctxalchemy.new_non_ctx_atomic_session(driven) as session:
+        await add_note(session, "there")
+    before = await pids(schema)
+    rival_db = schema.db(ctxalchemy)
+
+    async def work() -> None:
+        session = await ctxalchemy.db_session(driven)
+        await session.connection(execution_options={"isolation_level": "SERIALIZABLE"})
+        await count_notes(session)
+        async with ctxalchemy.new_non_ctx_session(rival_db) as rival:
+            await rival.connection(execution_options={"isolation_level": "SERIALIZABLE"})
+            await count_notes(rival)
+            await add_note(rival, "first")
+            await rival.commit()
+        await add_note(session, "second")
+
+    with pytest.raises(DBAPIError, match="could not serialize"):
+        await ctxalchemy.run_in_new_ctx(work)
+    await rival_db.close()
+    assert before <= await pids(schema)
+    await assert_whole(ctxalchemy, schema, driven, notes=["there", "first"])
+
+
+async def test_commit_whose_outcome_is_unknown_invalidates_the_connection(
+    ctxalchemy: ModuleType, schema: Schema, driven: Any
+) -> None:
+    async with CommitGate.close(schema) as gate:
+
+        async def work() -> None:
+            async with ctxalchemy.new_ctx():
+                await add_note(await ctxalchemy.db_session(driven), "slow")
+
+        task = asyncio.create_task(work())
+        await gate.reached()
+        before = await pids(schema)
+        await schema.terminate("active")
+        with pytest.raises(DBAPIError):
+            await task
+    assert not before & await pids(schema)
+    await assert_whole(ctxalchemy, schema, driven, notes=[])
