@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from typing import TYPE_CHECKING, Any
+from unittest.mock import AsyncMock, Mock
 
 import pytest
 from sqlalchemy import make_url, text
 from sqlalchemy.exc import ArgumentError, DBAPIError
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from support.schema import Schema, add_note, checked_out
 from support.sessions import Note, maker_creator
 from support.waiting import eventually
@@ -176,6 +177,55 @@ async def test_handler_is_awaited_with_the_database_before_each_new_session(
     async with ctxalchemy.new_non_ctx_session(db):
         pass
     assert calls == [db] * 3
+    await db.session_maker()
+    assert calls == [db] * 4
+
+
+async def test_session_maker_belongs_to_the_host_that_the_handler_chooses(ctxalchemy: ModuleType) -> None:
+    async def handler(connect: Any) -> None:
+        await connect.change_host("chosen")
+
+    db = ctxalchemy.DBConnect(Creator(), maker_creator(), "dead", handler)
+    await db.session_maker()
+    assert (db.host, db.engine_creator.hosts) == ("chosen", ["chosen"])
+
+
+async def test_failing_handler_of_session_maker_raises_to_its_caller(ctxalchemy: ModuleType) -> None:
+    async def handler(_connect: Any) -> None:
+        raise OSError("no primary")
+
+    creator = Creator()
+    with pytest.raises(OSError, match="no primary"):
+        await ctxalchemy.DBConnect(creator, maker_creator(), "here", handler).session_maker()
+    assert creator.hosts == []
+
+
+async def test_creator_may_return_a_mock(ctxalchemy: ModuleType) -> None:
+    """This is what the tests of applications do."""
+    engine, session = AsyncMock(), AsyncMock(spec=AsyncSession)
+    maker = Mock(return_value=session)
+    db = ctxalchemy.DBConnect(lambda _host: engine, lambda _engine: maker, "here")
+    assert await db.session_maker() is maker
+    assert await db.create_session() is session
+    async with ctxalchemy.new_ctx():
+        assert await ctxalchemy.db_session(db) is session
+    assert repr(db) == "<DBConnect host='here', database=None, connected>"
+    await db.change_host("there")
+    engine.dispose.assert_not_awaited()  # The same engine is in use again.
+    await db.close()
+    engine.dispose.assert_awaited_once_with()
+    await db.close()
+
+
+@pytest.mark.parametrize("engine", [Mock(), object()])
+async def test_creator_may_return_any_object_but_a_synchronous_engine(ctxalchemy: ModuleType, engine: Any) -> None:
+    db = ctxalchemy.DBConnect(lambda _host: engine, lambda _engine: Mock(), "here")
+    await db.session_maker()
+    await db.change_host("there")
+    await db.close()
+    db = ctxalchemy.DBConnect(lambda _host: create_async_engine(URL).sync_engine, lambda _engine: Mock(), "here")
+    with pytest.raises(TypeError, match=r"^engine_creator must return an AsyncEngine, it returned Engine$"):
+        await db.session_maker()
 
 
 async def test_handler_may_set_the_host(ctxalchemy: ModuleType) -> None:

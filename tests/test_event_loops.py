@@ -68,7 +68,7 @@ async def test_two_event_loops_can_use_the_database_at_the_same_time(
     assert await schema.notes() == ["main loop", "other loop"]
 
 
-async def test_close_in_one_event_loop_closes_the_connections_of_the_others(
+async def test_close_closes_only_the_connections_of_its_own_event_loop(
     ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:
     async def write() -> None:
@@ -85,4 +85,10 @@ async def test_close_in_one_event_loop_closes_the_connections_of_the_others(
     await write()
     assert await schema.backends() == ["idle"]
     await asyncio.to_thread(asyncio.run, write_and_close())
+
+    async def one_is_left() -> bool:
+        return await schema.backends() == ["idle"]
+
+    assert await eventually(one_is_left)
+    await db.close()
     assert await eventually(no_connections)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 
-from ._engine import LoopEngine
-from ._shield import shield
+from ._engine import LoopEngine, check_engine, close_connections
+from ._shield import raise_all, shield
 
 if TYPE_CHECKING:
     from sqlalchemy import URL
@@ -26,11 +27,11 @@ class DBConnect:
     Nothing is built before it is needed.  Each event loop that uses the database has an engine of its own.
 
     Args:
-        engine_creator: called with the host; returns the engine.
+        engine_creator: called with the host; returns the engine.  Tests may return a mock.
         session_maker_creator: called with the engine; returns the session maker.
         host: the host to connect to, if it is known already.  Otherwise call ``connect(host)``.
-        before_create_session_handler: awaited with this object before each new session.  The handler may change the
-            host.
+        before_create_session_handler: awaited with this object before each new session, and by ``session_maker()``.
+            The handler may change the host.
 
     Raises:
         ValueError: the host is empty.
@@ -57,6 +58,9 @@ class DBConnect:
         self.before_create_session_handler = before_create_session_handler
         self.host = host
         """The current host, or None if no host has been set."""
+        # Event loops in several threads may change the host, and the next two, which are changed together.  No creator
+        # is called with this lock, and nothing is awaited.
+        self._lock = Lock()
         self._engines: dict[asyncio.AbstractEventLoop, LoopEngine] = {}
         self._retired: list[LoopEngine] = []
 
@@ -104,13 +108,16 @@ class DBConnect:
             Exception: the exception of a creator.  This object is then unchanged.
         """
         _check_host(host)
-        if host != self.host or asyncio.get_running_loop() not in self._engines:
+        if host != self.host:
             await self._switch(host)
+        else:
+            self._engine()
 
     async def change_host(self, host: str) -> None:
         """Use another host from now on.  If the host is the current one, nothing happens.
 
         Open sessions finish on the earlier host.  Its connections are closed when the last of these sessions is closed.
+        If the earlier host does not answer within 3 seconds, its connections are terminated.
 
         Args:
             host: the host.
@@ -139,66 +146,82 @@ class DBConnect:
 
         Raises:
             ValueError: no host is set.
-            Exception: the exception of a creator.
+            Exception: the exception of the handler or of a creator.
         """
+        if self.before_create_session_handler is not None:
+            await self.before_create_session_handler(self)
         return self._engine().session_maker
 
     async def close(self) -> None:
-        """Close the connections.  The ``DBConnect`` can be used again after that.
+        """Close the connections of the running event loop.  The ``DBConnect`` can be used again after that.
 
         Open sessions finish, and their connections are closed when they are checked in.  Connections that are still
-        checked out since before a ``change_host``, or since before an earlier ``close``, are terminated.
-        """
-        retired, self._retired = self._retired, []
-        engines, self._engines = self._engines, {}
-        await shield(self._close(retired, list(engines.values())))
+        checked out since before a ``change_host``, or since before an earlier ``close``, are terminated.  If the server
+        does not answer within 3 seconds, all are terminated.
 
-    async def _close(self, retired: list[LoopEngine], engines: list[LoopEngine]) -> None:
-        await self._retire(engines)
-        for engine in retired:
-            await engine.run_in_loop(engine.terminate)
+        Each event loop closes its own connections: those of other running loops stay open.
+        """
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            earlier = [each for each in self._retired if each.loop is loop]
+            self._retired = [each for each in self._retired if each.loop is not loop]
+            engine = self._engines.pop(loop, None)
+            engines = [] if engine is None else [engine]
+            self._retire(engines)
+        await shield(_close(engines, earlier))
 
     def _engine(self) -> LoopEngine:
-        loop = asyncio.get_running_loop()
-        engine = self._engines.get(loop)
+        engine = self._engines.get(asyncio.get_running_loop())
         if engine is None or engine.host != self.host:
-            if not self.host:
-                raise ValueError("host is not set")
-            engine = self._build(self.host)
-            self._forget_closed_loops()
-            old, self._engines[loop] = self._engines.get(loop), engine
-            if old is not None:
-                # Another event loop changed the host while this one was not running.
-                self._retired.append(old.retire())
+            engine = self._add_engine()
         return engine
+
+    def _add_engine(self) -> LoopEngine:
+        """Build the engine of the running event loop."""
+        while True:
+            host = self.host
+            if not host:
+                raise ValueError("host is not set")
+            engine = self._build(host)
+            with self._lock:
+                if host == self.host:
+                    old = self._engines.get(engine.loop)
+                    self._engines[engine.loop] = engine
+                    self._retire([] if old is None or old.engine is engine.engine else [old])
+                    return engine
+                is_shared = any(each.engine is engine.engine for each in self._engines.values())
+            # Another thread has changed the host meanwhile.
+            if not is_shared:
+                engine.discard()
 
     def _build(self, host: str) -> LoopEngine:
         engine = self.engine_creator(host)
-        if not isinstance(engine, AsyncEngine):
-            raise TypeError(f"engine_creator must return an AsyncEngine, it returned {type(engine).__name__}")
+        check_engine(engine)
         return LoopEngine(host, engine, self.session_maker_creator(engine))
 
     async def _switch(self, host: str) -> None:
         engine = self._build(host)
-        old, self._engines = list(self._engines.values()), {asyncio.get_running_loop(): engine}
-        self.host = host
-        await shield(self._retire([each for each in old if each.engine is not engine.engine]))
+        with self._lock:
+            old = [each for each in self._engines.values() if each.engine is not engine.engine]
+            self._engines = {engine.loop: engine}
+            self.host = host
+            self._retire(old)
+        await shield(_dispose(old))
 
-    async def _retire(self, engines: list[LoopEngine]) -> None:
-        self._retired = [each for each in self._retired if each.has_connections()]
-        self._retired += [each.retire() for each in engines]
+    def _retire(self, engines: list[LoopEngine]) -> None:
+        """Keep these engines until their connections are closed, and forget those that have nothing to close."""
+        self._retired = [each for each in self._retired if not each.is_over()] + engines
         for engine in engines:
-            await engine.run_in_loop(engine.engine.dispose)
-
-    def _forget_closed_loops(self) -> None:
+            engine.retire()
         # An engine keeps its loop alive, so that weak references to the loops would not help.
-        for loop in [loop for loop in list(self._engines) if loop.is_closed()]:
-            self._engines.pop(loop, None)
+        for loop in [loop for loop in self._engines if loop.is_closed()]:
+            del self._engines[loop]
 
     def __repr__(self) -> str:
         # The database distinguishes two databases on one host.  The URL may contain the password in several parts.
         for engine in self._engines.values():
-            return f"<DBConnect host={self.host!r}, database={engine.engine.url.database!r}, connected>"
+            database = engine.engine.url.database if isinstance(engine.engine, AsyncEngine) else None
+            return f"<DBConnect host={self.host!r}, database={database!r}, connected>"
         return f"<DBConnect host={self.host!r}, not connected>"
 
 
@@ -209,6 +232,26 @@ def new_session(connect: DBConnect) -> AsyncSession:
         # This is what calling the maker does, without the copy that the maker makes of its options.
         return maker.class_(**maker.kw)
     return maker()
+
+
+async def _close(engines: list[LoopEngine], earlier: list[LoopEngine]) -> None:
+    """Close the idle connections of the engines, and all connections of the earlier ones."""
+    closings = [closing for each in earlier for closing in each.all_connections()]
+    for each in engines:
+        closings += await each.remove_idle()
+    await close_connections(closings)
+    for each in earlier:
+        await each.empty_pool()
+
+
+async def _dispose(engines: list[LoopEngine]) -> None:
+    """Close the idle connections of the engines, each in its event loop."""
+    loop = asyncio.get_running_loop()
+    others = [each.dispose_in_own_loop() for each in engines if each.loop is not loop]
+    disposed = asyncio.gather(*others, return_exceptions=True)
+    await _close([each for each in engines if each.loop is loop], [])
+    if failures := [each for each in await disposed if each is not None]:
+        raise_all(failures, "several engines could not be disposed of")
 
 
 def _check_host(host: str) -> None:

@@ -64,7 +64,7 @@ async def all_closed(schema: Schema, host: str = "") -> bool:
 
 
 @pytest.mark.parametrize(
-    "what", ["engine", "session maker", "handler", "handler, after an await", "not an engine", "no server"]
+    "what", ["engine", "session maker", "handler", "handler, after an await", "synchronous engine", "no server"]
 )
 async def test_failure_to_create_a_session_is_an_error_and_the_next_request_succeeds(
     ctxalchemy: ModuleType, schema: Schema, db: Any, what: str
@@ -76,8 +76,8 @@ async def test_failure_to_create_a_session_is_an_error_and_the_next_request_succ
     def create_engine(host: str) -> AsyncEngine:
         if broken and what == "engine":
             raise error
-        if broken and what == "not an engine":
-            return object()  # type: ignore[return-value]
+        if broken and what == "synchronous engine":
+            return create_async_engine(schema.url).sync_engine  # type: ignore[return-value]
         if broken and what == "no server":
             return create_async_engine(make_url(schema.url).set(port=1))
         return engine_creator(schema)(host)
@@ -102,7 +102,7 @@ async def test_failure_to_create_a_session_is_an_error_and_the_next_request_succ
         return Answer()
 
     others: dict[str, tuple[type[Exception], ...]] = {
-        "not an engine": (TypeError,),
+        "synchronous engine": (TypeError,),
         "no server": (OSError, OperationalError),
     }
     expected = others.get(what, (LookupError,))

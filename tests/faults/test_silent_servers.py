@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
-from sqlalchemy import make_url
+from sqlalchemy import event, make_url, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from support.apps import Answer, build, call
 from support.faults import Wire, assert_serves, over_psycopg
 from support.schema import add_note, checked_out, needs_asyncpg
 from support.sessions import maker_creator
-from support.waiting import Gate
+from support.waiting import Gate, eventually
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -47,6 +49,105 @@ def creator(schema: Schema, wire: Wire, driver: str, **options: Any) -> Callable
 
 def silent_from_now_on(wire: Wire) -> None:
     wire.hold(b"")
+
+
+async def fill_pool(ctxalchemy: ModuleType, db: Any, connections: int = 3) -> None:
+    """Leave this many idle connections in the pool."""
+    sessions = [await db.create_session() for _ in range(connections)]
+    await asyncio.gather(*(session.execute(text("SELECT 1")) for session in sessions))
+    for session in sessions:
+        await session.close()
+
+
+# --- idle connections --------------------------------------------------------------------------------
+
+
+@drivers
+@pytest.mark.parametrize("how", ["change_host", "close"])
+async def test_idle_connections_to_a_silent_server_are_terminated_together(
+    ctxalchemy: ModuleType, schema: Schema, wire: Wire, driver: str, how: str
+) -> None:
+    db = ctxalchemy.DBConnect(creator(schema, wire, driver), maker_creator(), "silent")
+    await fill_pool(ctxalchemy, db)
+    assert await schema.backends("@silent") == ["idle"] * 3
+    silent_from_now_on(wire)
+    began = time.monotonic()
+    await asyncio.wait_for(db.close() if how == "close" else db.change_host("there"), 10)
+    assert time.monotonic() - began < 5
+    wire.release()
+
+    async def gone() -> bool:
+        return await schema.backends("@silent") == []
+
+    assert await eventually(gone)
+    await assert_serves(ctxalchemy, db)
+    await db.close()
+
+
+@needs_asyncpg
+@pytest.mark.parametrize("how", ["change_host", "close"])
+async def test_a_caller_may_limit_its_own_time(ctxalchemy: ModuleType, schema: Schema, wire: Wire, how: str) -> None:
+    db = ctxalchemy.DBConnect(creator(schema, wire, "asyncpg"), maker_creator(), "silent")
+    await fill_pool(ctxalchemy, db)
+    silent_from_now_on(wire)
+    began, used = time.monotonic(), time.process_time()
+    with anyio.move_on_after(0.2):
+        await (db.close() if how == "close" else db.change_host("there"))
+    assert time.monotonic() - began < BOUND
+    assert time.process_time() - used < 1
+    wire.release()
+    await assert_serves(ctxalchemy, db)
+    await db.close()
+
+
+@drivers
+async def test_connections_of_sessions_on_a_silent_server_are_terminated_by_the_second_close(
+    ctxalchemy: ModuleType, schema: Schema, wire: Wire, driver: str
+) -> None:
+    db = ctxalchemy.DBConnect(creator(schema, wire, driver), maker_creator(), "silent")
+    sessions = [await db.create_session() for _ in range(3)]
+    for number, session in enumerate(sessions):
+        await add_note(session, f"lost {number}")
+    silent_from_now_on(wire)
+    await asyncio.wait_for(db.close(), 5)
+    began = time.monotonic()
+    await asyncio.wait_for(db.close(), 10)
+    assert time.monotonic() - began < 5
+    for session in sessions:
+        with suppress(DBAPIError):
+            await asyncio.wait_for(session.close(), 5)
+    wire.release()
+
+    async def gone() -> bool:
+        return await schema.backends("@silent") == []
+
+    assert await eventually(gone)
+    assert await schema.notes() == []
+    await assert_serves(ctxalchemy, db)
+    await db.close()
+
+
+async def test_a_close_listener_of_the_application_may_still_use_the_connection(
+    ctxalchemy: ModuleType, tmp_path: Any
+) -> None:
+    closed: list[int] = []
+
+    def create(_host: str) -> AsyncEngine:
+        engine = create_async_engine(f"sqlite+aiosqlite:///{tmp_path}/notes.db")
+
+        @event.listens_for(engine.sync_engine, "close")
+        def optimize(dbapi_connection: Any, _record: object) -> None:
+            cursor = dbapi_connection.cursor()
+            cursor.execute("PRAGMA optimize")
+            cursor.close()
+            closed.append(1)
+
+        return engine
+
+    db = ctxalchemy.DBConnect(create, maker_creator(), "here")
+    await fill_pool(ctxalchemy, db)
+    await db.close()
+    assert len(closed) == 3
 
 
 # --- cancelled requests ------------------------------------------------------------------------------
