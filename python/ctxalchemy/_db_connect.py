@@ -12,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 
 from ._engine import LoopEngine, check_engine, close_connections
 from ._shield import raise_all, shield
+from ._url import create_memory_engine, host_in, replace_host, shared_memory_url
 
 if TYPE_CHECKING:
     from sqlalchemy import URL
@@ -74,8 +75,14 @@ class DBConnect:
     ) -> DBConnect:
         """Create a database object from a URL.  Its sessions do not expire on commit.
 
+        All sessions of ``sqlite+aiosqlite://`` share one database in memory, which ends with ``close()``.  Each session
+        has a connection of its own to it.  For this, SQLite 3.36 is needed, and none of the options ``poolclass``,
+        ``pool`` and ``async_creator``.
+
         Args:
-            url: the URL, with an async driver.  ``change_host`` replaces the host in the URL.
+            url: the URL, with an async driver.  ``change_host`` replaces the host in the URL, in the query too
+                (``?host=...``).  The port stays.  The host of SQLite, one of several hosts, and a Unix socket cannot be
+                replaced: ``change_host`` raises a ``ValueError``.
             before_create_session_handler: as for ``DBConnect``.
             engine_options: options of ``create_async_engine``, such as ``pool_size``.
 
@@ -86,11 +93,16 @@ class DBConnect:
             >>> db = DBConnect.from_url("postgresql+asyncpg://app@localhost/app", pool_size=20)
         """
         first = make_url(url)
-        # A URL need not contain a host (SQLite, a Unix socket).  Then it is used unchanged until a host is set.
-        first_host = first.host or "localhost"
+        first_host = host_in(first)
+        memory_url = shared_memory_url(first, engine_options)
 
         def create_engine(host: str) -> AsyncEngine:
-            return create_async_engine(first if host == first_host else first.set(host=host), **engine_options)
+            if host != first_host:
+                return create_async_engine(replace_host(first, host), **engine_options)
+            if memory_url is not None:
+                return create_memory_engine(memory_url, engine_options)
+            # Unchanged: a URL need not contain a host.
+            return create_async_engine(first, **engine_options)
 
         def create_session_maker(engine: AsyncEngine) -> async_sessionmaker[AsyncSession]:
             return async_sessionmaker(engine, expire_on_commit=False)
@@ -104,7 +116,7 @@ class DBConnect:
             host: the host.
 
         Raises:
-            ValueError: the host is empty.
+            ValueError: the host is empty, or the host in the URL cannot be replaced.
             Exception: the exception of a creator.  This object is then unchanged.
         """
         _check_host(host)
@@ -123,7 +135,7 @@ class DBConnect:
             host: the host.
 
         Raises:
-            ValueError: the host is empty.
+            ValueError: the host is empty, or the host in the URL cannot be replaced.
             Exception: the exception of a creator.  This object is then unchanged.
         """
         _check_host(host)
