@@ -37,8 +37,8 @@ class ASGIHTTPDBSessionMiddleware:
         before_commit: awaited with each session before it is committed.
         commit_if: called with the status of the response; returns whether to commit.  By default, a status below 400
             commits.
-        websocket: open a context for each WebSocket connection too.  It is committed when the application returns, and
-            rolled back if the application raises.
+        websocket: open a context for each WebSocket connection too.  It is committed when the application returns.  It
+            is rolled back if the application raises, or never accepted the connection.
 
     Raises:
         TypeError: ``before_commit`` or ``commit_if`` is not callable.
@@ -57,7 +57,7 @@ class ASGIHTTPDBSessionMiddleware:
     ) -> None:
         for name, function in (("before_commit", before_commit), ("commit_if", commit_if)):
             if function is not None and not callable(function):
-                raise TypeError(f"{name} must be callable, not {type(function).__name__}: {function!r}")
+                raise TypeError(f"{name} must be callable, got {type(function).__name__}")
         self.app = app
         self.before_commit = before_commit
         self.commit_if: CommitIf = commit_if if commit_if is not None else is_success
@@ -81,8 +81,12 @@ class ASGIHTTPDBSessionMiddleware:
                 if response.failure is not None or (store and _complete.is_begun(store)):
                     await response.complete()
             else:
-                await self.app(scope, receive, send)
-                await _complete.commit_all(store, self.before_commit)
+                websocket = _WebSocket(send)
+                await self.app(scope, receive, websocket.send)
+                if websocket.accepted:
+                    await _complete.commit_all(store, self.before_commit)
+                else:
+                    await _complete.roll_back_all(store)
             items = store.close()
             if _logging.logged_contexts:
                 # Even if the application has closed its sessions itself.
@@ -99,26 +103,26 @@ class ASGIHTTPDBSessionMiddleware:
 class _Response:
     """The response of one request: completes the context before the response start is sent."""
 
-    __slots__ = ("_body_sent", "_middleware", "_send", "_started", "_store", "failure")
+    __slots__ = ("_body_sent", "_middleware", "_send", "_store", "failure", "started")
 
     def __init__(self, store: SessionStore, send: Send, middleware: ASGIHTTPDBSessionMiddleware) -> None:
         self._store = store
         self._send = send
         self._middleware = middleware
-        self._started = False
+        self.started = False
         self._body_sent = False
         self.failure: BaseException | None = None
 
     # Not ``async``: if there is nothing to complete, the awaitable of the server is returned.
     def send(self, message: Message) -> Awaitable[None]:
-        if self._started:
+        if self.started:
             # Read now: the application and other middleware may change the message later.
             if not message.get("more_body", False) and message["type"] in _BODY:
                 self._body_sent = True
         elif message["type"] == "http.response.start":
             if self.failure is not None or (self._store and _complete.is_begun(self._store)):
                 return self._complete_and_send(message)
-            self._started = True
+            self.started = True
         elif self.failure is not None:
             # The rest of a response that was not sent.
             self._raise_failure(self.failure)
@@ -138,7 +142,7 @@ class _Response:
         except BaseException as error:
             self.failure = self.failure or error
             raise
-        self._started = True
+        self.started = True
         await self._send(message)
 
     async def complete(self) -> None:
@@ -149,10 +153,10 @@ class _Response:
         """
         if self._body_sent:
             await _complete.commit_all(self._store, self._middleware.before_commit)
-        elif self.failure is not None and not self._started:
+        elif self.failure is not None and not self.started:
             self._raise_failure(self.failure)
         else:
-            if self._started:
+            if self.started:
                 _logging.logger.warning(
                     "the application returned before its response body was complete: its work since the response start "
                     "is rolled back"
@@ -165,6 +169,21 @@ class _Response:
             raise failure
         # The application has handled this one, for example a cancellation by asyncio.timeout().
         raise RuntimeError("the response was not sent: its commit was interrupted") from failure
+
+
+class _WebSocket:
+    """A WebSocket connection: detects whether the application accepts it."""
+
+    __slots__ = ("_send", "accepted")
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.accepted = False
+
+    def send(self, message: Message) -> Awaitable[None]:
+        if message["type"] == "websocket.accept":
+            self.accepted = True
+        return self._send(message)
 
 
 def is_success(status: int) -> bool:
