@@ -323,3 +323,26 @@ def test_async_session_defines_commit_rollback_and_close_itself() -> None:
     for method in ("commit", "rollback", "close"):
         assert method in vars(AsyncSession), "session._is_original compares the methods of the class"
         assert method not in session.__dict__, "session._is_original checks here whether a method was patched"
+
+
+async def test_a_session_refuses_to_begin_again_in_a_begin_block(engine: AsyncEngine) -> None:
+    """``Session._trans_context_manager``."""
+    why = "internals.leave_begin_block sets it to None"
+    session = AsyncSession(engine)
+    assert session.sync_session._trans_context_manager is None, why
+    async with session.begin(), session.begin_nested():
+        await session.execute(text("SELECT 1"))
+        assert session.sync_session._trans_context_manager is not None, why
+        await session.commit()
+        with pytest.raises(InvalidRequestError, match="Can't operate on closed transaction inside context manager"):
+            await session.execute(text("SELECT 1"))
+        session.sync_session._trans_context_manager = None
+        await session.execute(text("SELECT 1"))
+        transaction = session.get_transaction()
+    # The end of the block does not end the later transaction.
+    assert session.get_transaction() is transaction is not None, why
+    await session.rollback()
+    async with session.begin():
+        assert session.sync_session._trans_context_manager is not None, why
+    assert session.sync_session._trans_context_manager is None, why
+    await session.close()

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 from . import _complete, _logging
 from ._backend import SessionStore, current_context, open_context, reset_context
 from ._complete import BeforeCommitCallback
+from ._sqlalchemy.internals import leave_begin_block
 
 # The types of the ASGI specification, as in asgiref and Starlette:
 # https://asgi.readthedocs.io/en/latest/specs/main.html
@@ -142,6 +143,8 @@ class _Response:
         except BaseException as error:
             self.failure = self.failure or error
             raise
+        for _, session in self._store.items():  # noqa: PERF102 - this is not a dict.
+            leave_begin_block(session)
         self.started = True
         await self._send(message)
 
