@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 from . import _complete, _logging
 from ._backend import SessionStore, current_context, open_context, reset_context
 from ._complete import BeforeCommitCallback
+from ._exception_handlers import run_exception_handlers
 from ._sqlalchemy.internals import leave_begin_block
 
 # The types of the ASGI specification, as in asgiref and Starlette:
@@ -78,8 +79,18 @@ class ASGIHTTPDBSessionMiddleware:
         try:
             if kind == "http":
                 response = _Response(store, send, self)
-                await self.app(scope, receive, response.send)
-                if response.failure is not None or (store and _complete.is_begun(store)):
+                failure = None
+                try:
+                    await self.app(scope, receive, response.send)
+                    if response.failure is not None or (store and _complete.is_begun(store)):
+                        await response.complete()
+                except Exception as error:
+                    if response.failure is None or response.started:
+                        raise
+                    failure = error
+                if failure is not None:
+                    # Outside of the ``except`` block, so that no exception becomes the context of its own cause.
+                    await run_exception_handlers(failure, scope, receive, response.send)
                     await response.complete()
             else:
                 websocket = _WebSocket(send)
