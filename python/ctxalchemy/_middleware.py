@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextvars import Token
 from typing import Any, NoReturn
 from weakref import ref
 
@@ -229,12 +230,23 @@ def joins_context(scope: Scope, store: SessionStore | None) -> bool:
     """Return whether the request is served in this context, which is the current one.
 
     This is the case if a test or the application opened the context, or if an outer middleware opened it for this
-    request.  A request that another request makes in process has a scope of its own.
+    request.  A request that another request makes in process, or that a server starts from the task of another request,
+    has a scope of its own.
     """
     if store is None or store.closed:
         return False
     mark = scope.get(_SCOPE_KEY)
-    return (isinstance(mark, _Mark) and mark() is store) or store.manual
+    return (isinstance(mark, _Mark) and mark() is store) or _is_outermost(store)
+
+
+def _is_outermost(store: SessionStore) -> bool:
+    """Return whether the application opened the context outside of every other request and block."""
+    while store.manual:
+        outer = None if store.token is None else store.token.old_value
+        if outer is None or outer is Token.MISSING:
+            return True
+        store = outer
+    return False
 
 
 def mark_context(scope: Scope) -> None:
