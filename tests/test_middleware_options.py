@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -78,3 +79,29 @@ async def test_middleware_class_can_be_passed_in_the_middleware_list_of_starlett
     app.mount("/", bare_app(endpoint))
     await call(app)
     assert await schema.notes() == ["written"]
+
+
+@pytest.mark.parametrize("module", ["starlette", "fastapi"])
+def test_every_option_is_passed_on_by_keyword(ctxalchemy: ModuleType, module: str) -> None:
+    """Sentry wraps the classes of middleware in a function that takes keyword arguments only."""
+
+    def commit_if(_status: int) -> bool:
+        return True
+
+    added: list[Any] = []
+
+    class App(FastAPI):
+        def add_middleware(self, *arguments: Any, **options: Any) -> None:
+            added.append((arguments, options))
+
+    add = getattr(getattr(ctxalchemy, module), f"add_{module}_http_db_session_middleware")
+    add(App(), nothing, commit_if=commit_if, websocket=True)
+    options = {"before_commit": nothing, "commit_if": commit_if, "websocket": True}
+    assert added == [((ctxalchemy.ASGIHTTPDBSessionMiddleware,), options)]
+
+
+@pytest.mark.parametrize("module", ["starlette", "fastapi"])
+def test_the_options_are_spelled_out_in_the_signature(ctxalchemy: ModuleType, module: str) -> None:
+    add = getattr(getattr(ctxalchemy, module), f"add_{module}_http_db_session_middleware")
+    parameters = list(inspect.signature(add).parameters.values())[1:]
+    assert parameters == list(inspect.signature(ctxalchemy.ASGIHTTPDBSessionMiddleware).parameters.values())[1:]

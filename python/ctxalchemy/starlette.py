@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from starlette.applications import Starlette
 from starlette.middleware.base import RequestResponseEndpoint
 from starlette.requests import Request
@@ -13,7 +11,7 @@ from ._api import auto_commit_by_status_code
 from ._backend import current_context
 from ._complete import BeforeCommitCallback
 from ._context import new_ctx
-from ._middleware import ASGIHTTPDBSessionMiddleware, joins_context, mark_context
+from ._middleware import ASGIHTTPDBSessionMiddleware, CommitIf, joins_context, mark_context
 
 __all__ = [
     "StarletteHTTPDBSessionMiddleware",
@@ -25,25 +23,35 @@ StarletteHTTPDBSessionMiddleware = ASGIHTTPDBSessionMiddleware
 
 
 def add_starlette_http_db_session_middleware(
-    app: Starlette, before_commit: BeforeCommitCallback | None = None, **options: Any
+    app: Starlette,
+    before_commit: BeforeCommitCallback | None = None,
+    *,
+    commit_if: CommitIf | None = None,
+    websocket: bool = False,
 ) -> None:
     """Add the middleware to an application.
 
     Args:
         app: the Starlette or FastAPI application.
         before_commit: awaited with each session before it is committed.
-        options: the other options of ``ASGIHTTPDBSessionMiddleware``.
+        commit_if: called with the status of the response; returns whether to commit.  By default, a status below 400
+            commits.
+        websocket: open a context for each WebSocket connection too.  It is committed when the application returns.  It
+            is rolled back if the application raises, or never accepted the connection.
 
     Raises:
-        TypeError: an option does not exist, or has the wrong type.
+        TypeError: ``before_commit`` or ``commit_if`` is not callable.
 
     Example:
         >>> app = Starlette(routes=routes)
         >>> add_starlette_http_db_session_middleware(app)
     """
     # Check the options now: Starlette creates the middleware at the first request.
-    ASGIHTTPDBSessionMiddleware(app, before_commit, **options)
-    app.add_middleware(ASGIHTTPDBSessionMiddleware, before_commit, **options)
+    ASGIHTTPDBSessionMiddleware(app, before_commit=before_commit, commit_if=commit_if, websocket=websocket)
+    # By keyword: instrumentation such as Sentry's wraps the middleware in functions that take no other arguments.
+    app.add_middleware(
+        ASGIHTTPDBSessionMiddleware, before_commit=before_commit, commit_if=commit_if, websocket=websocket
+    )
 
 
 async def starlette_http_db_session_middleware(
