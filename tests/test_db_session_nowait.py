@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextvars import copy_context
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -66,9 +67,19 @@ async def test_handler_that_has_to_be_awaited_raises_session_not_ready_error(
         assert ctxalchemy.db_session_nowait(db) is session
 
 
-async def test_error_in_a_thread_without_an_event_loop_names_the_event_loop(ctxalchemy: ModuleType, db: Any) -> None:
+async def test_another_thread_receives_an_error_and_never_the_session(ctxalchemy: ModuleType, db: Any) -> None:
     async with ctxalchemy.new_ctx():
-        with pytest.raises(ctxalchemy.SessionNotReadyError, match="event loop"):
+        with pytest.raises(ctxalchemy.ContextNotInitiatedError, match="event loop"):
             await asyncio.to_thread(ctxalchemy.db_session_nowait, db)
-        session = await ctxalchemy.db_session(db)
-        assert await asyncio.to_thread(ctxalchemy.db_session_nowait, db) is session
+        await ctxalchemy.db_session(db)
+        with pytest.raises(ctxalchemy.ContextNotInitiatedError, match="event loop"):
+            await asyncio.to_thread(ctxalchemy.db_session_nowait, db)
+
+
+def test_session_without_an_event_loop_is_not_ready(ctxalchemy: ModuleType) -> None:
+    def look_up() -> None:
+        ctxalchemy.init_db_session_ctx()
+        with pytest.raises(ctxalchemy.SessionNotReadyError, match="event loop"):
+            ctxalchemy.db_session_nowait(ctxalchemy.DBConnect.from_url("sqlite+aiosqlite://"))
+
+    copy_context().run(look_up)

@@ -155,7 +155,7 @@ def put_db_session_to_context(connection: DBConnect, session: AsyncSession) -> N
         >>> put_db_session_to_context(db, session)
     """
     if not isinstance(connection, DBConnect):
-        raise TypeError(f"expected a DBConnect, got {type(connection).__name__}: {connection!r}")
+        raise TypeError(f"expected a DBConnect, got {type(connection).__name__}")
     store = current_context()
     if store is None:
         raise no_context()

@@ -146,7 +146,8 @@ async def run_in_new_ctx(callable_func: Callable[P, Coroutine[Any, Any, T]], *ar
         async with new_ctx():
             coroutine = callable_func(*args, **kwargs)
             if not hasattr(coroutine, "__await__"):
-                raise TypeError(f"run_in_new_ctx() takes an async function, not {callable_func!r}")
+                name = getattr(callable_func, "__qualname__", type(callable_func).__name__)
+                raise TypeError(f"run_in_new_ctx() takes an async function, and {name} is not async")
             return await coroutine
 
     return await asyncio.create_task(run())

@@ -85,8 +85,8 @@ def create_session_nowait(store: Store, connect: DBConnect) -> AsyncSession:
         asyncio.get_running_loop()
     except RuntimeError:
         raise SessionNotReadyError(
-            "the session does not exist yet, and a thread without an event loop cannot create it: "
-            "call 'await db_session(connect)' first, outside the thread"
+            "the session does not exist yet, and it cannot be created without an event loop: "
+            "call 'await db_session(connect)' in an async function"
             + see("faq.md#no-database-session-context-is-open-here")
         ) from None
     session = new_session(connect)
@@ -100,7 +100,7 @@ def _check(store: Store, connect: object) -> None:
     if store.closed:
         raise closed_context()
     if not isinstance(connect, DBConnect):
-        raise TypeError(f"expected a DBConnect, got {type(connect).__name__}: {connect!r}")
+        raise TypeError(f"expected a DBConnect, got {type(connect).__name__}")
 
 
 def _lock(store: Store, connect: DBConnect) -> asyncio.Lock:

@@ -15,7 +15,7 @@ def see(page: str) -> str:
 
 
 class ContextNotInitiatedError(RuntimeError):
-    """No context is current, and the call needs one."""
+    """No context is current, or it belongs to the event loop of another thread, and the call needs one."""
 
 
 class ContextClosedError(ContextNotInitiatedError):
@@ -45,6 +45,16 @@ def closed_context() -> ContextClosedError:
         "the database session context is closed: this code outlives the request that started it; "
         "give it its own context with run_in_new_ctx() or new_ctx()"
         + see("guides/streams-and-background-tasks.md#a-task-that-outlives-its-request")
+    )
+
+
+def other_thread() -> ContextNotInitiatedError:
+    """Return the error for a call in a thread whose event loop is not that of the context."""
+    return ContextNotInitiatedError(
+        "the database session context that is open here belongs to the event loop of another thread, and its sessions "
+        "cannot be used in this thread: await db_session() outside of the thread, in an async function, or give this "
+        "code its own context with run_in_new_ctx() or new_ctx()"
+        + see("faq.md#no-database-session-context-is-open-here")
     )
 
 

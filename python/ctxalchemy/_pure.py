@@ -6,14 +6,16 @@ here.  The rest of the package uses only these names, through ``_backend``.
 
 from __future__ import annotations
 
+import asyncio
 from contextvars import ContextVar, Token
+from threading import get_ident
 from typing import NoReturn, SupportsIndex, final
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ._create_session import create_session, create_session_nowait
 from ._db_connect import DBConnect
-from ._errors import closed_context, context_already_open, no_context
+from ._errors import closed_context, context_already_open, no_context, other_thread
 
 __all__ = [
     "SessionStore",
@@ -25,6 +27,9 @@ __all__ = [
     "open_context",
     "reset_context",
 ]
+
+# The thread of a context that was opened without an event loop and has not been used in one.
+_ANY_THREAD = 0
 
 # Shared by all contexts with fewer than two sessions, and never written to.
 _NO_OTHERS: dict[int, tuple[DBConnect, AsyncSession]] = {}
@@ -42,7 +47,7 @@ class SessionStore:
 
     # Most contexts have one session, which has slots of its own.  The second and later sessions are in a dictionary by
     # the id of their database, because a subclass of DBConnect need not be hashable.
-    __slots__ = ("__weakref__", "_closed", "_database", "_manual", "_others", "_session", "_token")
+    __slots__ = ("__weakref__", "_closed", "_database", "_manual", "_others", "_session", "_thread", "_token")
 
     def __init__(self, manual: bool = False) -> None:
         self._database: DBConnect | None = None
@@ -50,6 +55,8 @@ class SessionStore:
         self._others = _NO_OTHERS
         self._manual = manual
         self._closed = False
+        # The sessions belong to the event loop of this thread.
+        self._thread = _ANY_THREAD
         self._token: Token[SessionStore | None] | None = None
 
     def __init_subclass__(cls) -> NoReturn:
@@ -144,6 +151,7 @@ current_context = _current.get
 def open_context(manual: bool = False) -> SessionStore:
     """Open a context, make it the current one, and return it."""
     store = SessionStore(manual)
+    store._thread = get_ident()
     store._token = _set(store)
     return store
 
@@ -193,6 +201,8 @@ def init_db_session_ctx(force: bool = False) -> Token[SessionStore | None]:
     if outer is not None and not outer._closed and not force:
         raise context_already_open()
     store = SessionStore(True)
+    if _in_event_loop():
+        store._thread = get_ident()
     store._token = token = _set(store)
     return token
 
@@ -201,6 +211,27 @@ def is_context_initiated() -> bool:
     """Return whether an open context is current."""
     store = current_context()
     return store is not None and not store._closed
+
+
+def _check_thread(store: SessionStore) -> None:
+    """Raise if the context belongs to the event loop of another thread.
+
+    A context that was opened without an event loop belongs to the first one that uses it.
+    """
+    if store._closed:
+        return  # There is no session, and creating one raises.
+    if store._thread != _ANY_THREAD:
+        raise other_thread()
+    if _in_event_loop():
+        store._thread = get_ident()
+
+
+def _in_event_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 async def db_session(connect: DBConnect) -> AsyncSession:
@@ -212,7 +243,7 @@ async def db_session(connect: DBConnect) -> AsyncSession:
         connect: the database.
 
     Raises:
-        ContextNotInitiatedError: no context is open.
+        ContextNotInitiatedError: no context is open, or it belongs to the event loop of another thread.
         ContextClosedError: the context is closed: the caller outlives its request.
 
     Example:
@@ -222,6 +253,8 @@ async def db_session(connect: DBConnect) -> AsyncSession:
     store = current_context()
     if store is None:
         raise no_context()
+    if store._thread != get_ident():
+        _check_thread(store)
     session = store._session if store._database is connect else store.get(connect)
     if session is None:
         session = await create_session(store, connect)
@@ -235,7 +268,7 @@ def db_session_nowait(connect: DBConnect) -> AsyncSession:
         connect: the database.
 
     Raises:
-        ContextNotInitiatedError: no context is open.
+        ContextNotInitiatedError: no context is open, or it belongs to the event loop of another thread.
         ContextClosedError: the context is closed: the caller outlives its request.
         SessionNotReadyError: the session does not exist yet, and creating it would have to wait: the database has a
             ``before_create_session_handler``, or no event loop is running.
@@ -247,6 +280,8 @@ def db_session_nowait(connect: DBConnect) -> AsyncSession:
     store = current_context()
     if store is None:
         raise no_context()
+    if store._thread != get_ident():
+        _check_thread(store)
     session = store._session if store._database is connect else store.get(connect)
     if session is None:
         session = create_session_nowait(store, connect)
