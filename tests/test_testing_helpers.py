@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import InvalidRequestError
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
 from support.apps import Answer, Kind, build, client_of, each_kind
 from support.schema import Schema, add_note, add_note_and_fail, checked_out, count_notes
+from support.sessions import maker_creator
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -160,4 +163,56 @@ async def test_savepoint_session_is_removed_from_the_context_when_the_test_fails
                 await add_note_and_fail(inner, "undone", AssertionError("the test"))
         assert ctxalchemy.get_db_session_from_context(db) is None
         assert await count_notes(session) == 0
+    assert await schema.notes() == []
+
+
+class RoutingSession(Session):
+    """A session that chooses the engine of each statement itself, as for replicas."""
+
+    def get_bind(self, *_arguments: Any, **_options: Any) -> Any:
+        return self.info["engine"]
+
+
+class SubclassWithRouting(AsyncSession):
+    sync_session_class = RoutingSession
+
+
+class IneffectiveSubclass(AsyncSession):
+    """SQLAlchemy does not call this method for statements."""
+
+    def get_bind(self, *_arguments: Any, **_options: Any) -> Any:
+        raise AssertionError("not called")
+
+
+@pytest.mark.parametrize("options", [{"sync_session_class": RoutingSession}, {"class_": SubclassWithRouting}])
+async def test_a_session_class_that_chooses_its_engine_is_refused_before_anything_is_written(
+    ctxalchemy: ModuleType, schema: Schema, db: Any, options: dict[str, Any]
+) -> None:
+    engine = (await db.session_maker()).kw["bind"]
+    info = {"engine": engine.sync_engine}
+    routing = ctxalchemy.DBConnect(lambda _host: engine, maker_creator(info=info, **options), "localhost")
+    testing = ctxalchemy.testing
+    async with testing.rollback_session(db) as session, testing.set_test_context():
+        with pytest.raises(TypeError, match=r"RoutingSession, because it overrides get_bind\(\)"):
+            async with testing.put_savepoint_session_in_ctx(routing, session):
+                await add_note(await ctxalchemy.db_session(routing), "for good")
+        assert ctxalchemy.get_db_session_from_context(routing) is None
+    assert await checked_out(db) == 0
+    assert await schema.notes() == []
+
+
+async def test_a_subclass_whose_get_bind_has_no_effect_is_accepted(
+    ctxalchemy: ModuleType, schema: Schema, db: Any
+) -> None:
+    engine = (await db.session_maker()).kw["bind"]
+    same = ctxalchemy.DBConnect(lambda _host: engine, maker_creator(class_=IneffectiveSubclass), "localhost")
+    testing = ctxalchemy.testing
+    async with (
+        testing.rollback_session(db) as session,
+        testing.set_test_context(),
+        testing.put_savepoint_session_in_ctx(same, session) as inner,
+    ):
+        await add_note(inner, "undone")
+        await inner.commit()
+        assert await count_notes(session) == 1
     assert await schema.notes() == []

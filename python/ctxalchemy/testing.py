@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
 
 from . import _complete
 from ._api import (
@@ -17,7 +18,7 @@ from ._api import (
 from ._backend import current_context, init_db_session_ctx
 from ._context import reset_db_session_ctx
 from ._db_connect import DBConnect
-from ._errors import closed_context, no_context
+from ._errors import closed_context, no_context, see
 from ._sqlalchemy.session import closing
 
 __all__ = ["put_savepoint_session_in_ctx", "rollback_session", "set_test_context"]
@@ -88,6 +89,7 @@ async def put_savepoint_session_in_ctx(connection: DBConnect, session: AsyncSess
     Raises:
         ContextNotInitiatedError: no context is open.
         ContextClosedError: the context has closed.
+        TypeError: the session class of the database chooses the engine of each statement itself (``get_bind``).
 
     Example:
         >>> async with rollback_session(db) as session, set_test_context():
@@ -101,9 +103,23 @@ async def put_savepoint_session_in_ctx(connection: DBConnect, session: AsyncSess
     maker = await connection.session_maker()
     inner = maker(bind=await session.connection(), binds={}, join_transaction_mode="create_savepoint")
     async with closing(inner):
+        _check_uses_bind(inner)
         put_db_session_to_context(connection, inner)
         try:
             yield inner
         finally:
             if get_db_session_from_context(connection) is inner:
                 pop_db_session_from_context(connection)
+
+
+def _check_uses_bind(session: AsyncSession) -> None:
+    """Raise if statements of the session could use another connection than the one that the session is bound to."""
+    # An override in a subclass of AsyncSession has no effect: SQLAlchemy calls only this one.
+    session_class = type(session.sync_session)
+    if session_class.get_bind is not Session.get_bind:
+        raise TypeError(
+            f"put_savepoint_session_in_ctx() cannot use the session class {session_class.__name__}, because it "
+            "overrides get_bind(): its statements could be committed on another connection, outside of the "
+            "transaction of the test; give the database a session maker without this class in tests"
+            + see("guides/testing.md")
+        )
