@@ -31,7 +31,7 @@ async def connect(app: Any) -> list[Message]:
     async def send(message: Message) -> None:
         sent.append(message)
 
-    extensions = {"websocket.http.response": {}}
+    extensions: dict[str, Any] = {"websocket.http.response": {}}
     await app(
         http_scope() | {"type": "websocket", "scheme": "ws", "subprotocols": [], "extensions": extensions},
         receive,
