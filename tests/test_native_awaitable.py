@@ -54,6 +54,17 @@ def store(ctxalchemy: ModuleType, key: Thing, session: Thing) -> Iterator[Any]:
     ctxalchemy._backend.reset_context(store)
 
 
+@pytest.fixture
+def shared_store(ctxalchemy: ModuleType, key: Thing, session: Thing) -> Iterator[Any]:
+    """The same, opened without an event loop: it belongs to no thread yet."""
+    ctxalchemy.init_db_session_ctx()
+    store = ctxalchemy._backend.current_context()
+    store.put(key, session)
+    yield store
+    store.close()
+    ctxalchemy._backend.reset_context(store)
+
+
 def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
     """Return the result of a coroutine that does not wait."""
     with pytest.raises(StopIteration) as stopped:
@@ -581,7 +592,7 @@ def test_value_of_the_variable_that_is_no_context_counts_as_no_context(
 # Threads
 
 
-def test_threads_can_share_a_context(ctxalchemy: ModuleType, store: Any, key: Thing) -> None:
+def test_threads_can_share_a_context(ctxalchemy: ModuleType, shared_store: Any, key: Thing) -> None:
     if ctxalchemy.BACKEND == "python":
         pytest.skip(
             "in pure Python, threads that share a context may look up sessions in it, but not change it concurrently"
@@ -593,13 +604,13 @@ def test_threads_can_share_a_context(ctxalchemy: ModuleType, store: Any, key: Th
         try:
             for turn in range(500):
                 other = others[turn % len(others)]
-                store.put(other, [other])
+                shared_store.put(other, [other])
                 assert run(awaited(ctxalchemy.db_session(key))) is not None
-                found = store.get(other)
+                found = shared_store.get(other)
                 assert found is None or found == [other]
-                assert all(value == [db] for db, value in store.items() if db is not key)
+                assert all(value == [db] for db, value in shared_store.items() if db is not key)
                 if turn % 7 == 0:
-                    store.pop(other)
+                    shared_store.pop(other)
         except BaseException as error:
             errors.append(error)
 
@@ -611,7 +622,9 @@ def test_threads_can_share_a_context(ctxalchemy: ModuleType, store: Any, key: Th
     assert errors == []
 
 
-def test_only_one_of_several_threads_runs_the_same_coroutine(ctxalchemy: ModuleType, store: Any, key: Thing) -> None:
+def test_only_one_of_several_threads_runs_the_same_coroutine(
+    ctxalchemy: ModuleType, shared_store: Any, key: Thing
+) -> None:
     for _ in range(50):
         coroutine = ctxalchemy.db_session(key)
         barrier = threading.Barrier(4)

@@ -45,11 +45,11 @@ SIGNATURES = {
     },
     "ctxalchemy.starlette": {
         "StarletteHTTPDBSessionMiddleware": "(app, before_commit=None, *, commit_if=None, websocket=False)",
-        "add_starlette_http_db_session_middleware": "(app, before_commit=None, **options)",
+        "add_starlette_http_db_session_middleware": "(app, before_commit=None, *, commit_if=None, websocket=False)",
         "starlette_http_db_session_middleware": "(request, call_next, before_commit=None)",
     },
     "ctxalchemy.fastapi": {
-        "add_fastapi_http_db_session_middleware": "(app, before_commit=None, **options)",
+        "add_fastapi_http_db_session_middleware": "(app, before_commit=None, *, commit_if=None, websocket=False)",
         "fastapi_http_db_session_middleware": "(request, call_next, before_commit=None)",
     },
     "ctxalchemy.testing": {
