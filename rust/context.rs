@@ -5,17 +5,22 @@ use pyo3::prelude::*;
 use pyo3::types::PyBool;
 
 use crate::errors;
+use crate::lookup;
 use crate::raw::{Argument, ContextVar, Outcome, Raised, SessionStore};
 use crate::session_store;
 
 pub fn open_context<'py>(py: Python<'py>, manual: Argument<'_, 'py>) -> Outcome<'py> {
-    Ok(open(py, manual.is_truthy()?)?.0.into_any())
+    Ok(open(py, manual.is_truthy()?, true)?.0.into_any())
 }
 
 /// Open a context, and return the context and its token.
 #[inline(always)]
-fn open(py: Python<'_>, manual: bool) -> Result<(Bound<'_, SessionStore>, Bound<'_, PyAny>), Raised> {
-    let store = SessionStore::new(py, manual)?;
+fn open(
+    py: Python<'_>,
+    manual: bool,
+    of_this_thread: bool,
+) -> Result<(Bound<'_, SessionStore>, Bound<'_, PyAny>), Raised> {
+    let store = SessionStore::new(py, manual, of_this_thread)?;
     let token = ContextVar::set(&store)?;
     SessionStore::set_token(&store, Some(token.clone()));
     Ok((store, token))
@@ -35,7 +40,7 @@ pub fn init_db_session_ctx<'py>(py: Python<'py>, force: Argument<'_, 'py>) -> Ou
     if !force.is_truthy()? && is_initiated(py)? {
         return Err(errors::context_already_open(py));
     }
-    Ok(open(py, true)?.1)
+    Ok(open(py, true, lookup::in_event_loop(py)?)?.1)
 }
 
 pub fn is_context_initiated(py: Python<'_>) -> Outcome<'_> {

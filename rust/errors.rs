@@ -12,6 +12,7 @@ struct Errors {
     no_context: Py<PyAny>,
     closed_context: Py<PyAny>,
     context_already_open: Py<PyAny>,
+    other_thread: Py<PyAny>,
 }
 
 static ERRORS: PyOnceLock<Errors> = PyOnceLock::new();
@@ -23,6 +24,7 @@ pub fn install(py: Python<'_>) -> PyResult<()> {
             no_context: errors.getattr("no_context")?.unbind(),
             closed_context: errors.getattr("closed_context")?.unbind(),
             context_already_open: errors.getattr("context_already_open")?.unbind(),
+            other_thread: errors.getattr("other_thread")?.unbind(),
         })
     })?;
     Ok(())
@@ -41,6 +43,11 @@ pub fn closed_context(py: Python<'_>) -> Raised {
 #[cold]
 pub fn context_already_open(py: Python<'_>) -> Raised {
     raise(py, |errors| &errors.context_already_open)
+}
+
+#[cold]
+pub fn other_thread(py: Python<'_>) -> Raised {
+    raise(py, |errors| &errors.other_thread)
 }
 
 /// Raise the exception that this function creates.

@@ -4,12 +4,13 @@ use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 
 use crate::errors;
-use crate::raw::{Argument, ContextVar, Outcome, Raised, SessionStore, catch_panic};
+use crate::raw::{Argument, ContextVar, Lookup, Outcome, Raised, SessionStore, catch_panic};
 
-/// The Python functions that create a session.
+/// The Python functions of `_create_session`.
 struct CreateSession {
     create_session: Py<PyAny>,
     create_session_nowait: Py<PyAny>,
+    in_event_loop: Py<PyAny>,
 }
 
 static CREATE_SESSION: PyOnceLock<CreateSession> = PyOnceLock::new();
@@ -25,6 +26,7 @@ fn functions(py: Python<'_>) -> PyResult<&CreateSession> {
         Ok(CreateSession {
             create_session: module.getattr("create_session")?.unbind(),
             create_session_nowait: module.getattr("create_session_nowait")?.unbind(),
+            in_event_loop: module.getattr("in_event_loop")?.unbind(),
         })
     })
 }
@@ -54,10 +56,41 @@ pub fn find<'py>(py: Python<'py>, connect: Argument<'_, 'py>) -> Result<Found<'p
     let Some(store) = SessionStore::of(&current) else {
         return Err(errors::no_context(py));
     };
-    match SessionStore::get(store, connect) {
-        Some(session) => Ok(Found::Session(session)),
-        None => Ok(Found::NoSession(current)),
+    match SessionStore::lookup(store, connect) {
+        Lookup::Session(session) => Ok(Found::Session(session)),
+        Lookup::NoSession => Ok(Found::NoSession(current)),
+        Lookup::NotOfThisThread => find_in_new_thread(current, connect),
     }
+}
+
+/// Look up the session if the context may be used in this thread.
+///
+/// A context that was opened without an event loop belongs to the first event loop that uses it.
+#[cold]
+#[inline(never)]
+fn find_in_new_thread<'py>(current: Bound<'py, PyAny>, connect: Argument<'_, 'py>) -> Result<Found<'py>, Raised> {
+    let py = current.py();
+    let Some(store) = SessionStore::of(&current) else {
+        return Err(errors::no_context(py));
+    };
+    // A closed context has no session, and creating one raises.
+    if !SessionStore::is_closed(store) {
+        if SessionStore::has_thread(store) {
+            return Err(errors::other_thread(py));
+        }
+        if in_event_loop(py)? {
+            SessionStore::set_thread(store);
+        }
+    }
+    Ok(match SessionStore::get(store, connect) {
+        Some(session) => Found::Session(session),
+        None => Found::NoSession(current),
+    })
+}
+
+/// Whether an event loop is running in this thread.
+pub fn in_event_loop(py: Python<'_>) -> Result<bool, Raised> {
+    catch_panic(|| Ok(functions(py)?.in_event_loop.bind(py).call0()?.is_truthy()?))
 }
 
 /// The Python coroutine that creates the session of this database.

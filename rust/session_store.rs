@@ -3,7 +3,7 @@
 use pyo3::IntoPyObjectExt;
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
-use pyo3::types::{PyBool, PyList};
+use pyo3::types::{PyBool, PyList, PyNone, PyTuple};
 
 use crate::errors;
 use crate::python_function::{NewFunction, python_function};
@@ -30,6 +30,9 @@ const METHODS: &[(&str, NewFunction)] = &[
     ("close", method!(close())),
     ("__len__", method!(len())),
     ("__repr__", method!(repr())),
+    ("__copy__", method!(copy())),
+    ("__deepcopy__", method!(deep_copy(memo))),
+    ("__reduce_ex__", method!(reduce(protocol))),
 ];
 
 const PROPERTIES: &[(&str, NewFunction)] =
@@ -112,4 +115,17 @@ fn closed<'py>(store: &Bound<'py, SessionStore>) -> Outcome<'py> {
 
 fn token<'py>(store: &Bound<'py, SessionStore>) -> Outcome<'py> {
     Ok(SessionStore::token(store).into_bound_py_any(store.py())?)
+}
+
+fn copy<'py>(store: &Bound<'py, SessionStore>) -> Outcome<'py> {
+    Ok(store.clone().into_any())
+}
+
+fn deep_copy<'py>(store: &Bound<'py, SessionStore>, _memo: Argument<'_, 'py>) -> Outcome<'py> {
+    copy(store)
+}
+
+fn reduce<'py>(store: &Bound<'py, SessionStore>, _protocol: Argument<'_, 'py>) -> Outcome<'py> {
+    let py = store.py();
+    Ok((py.get_type::<PyNone>(), PyTuple::empty(py)).into_bound_py_any(py)?)
 }

@@ -10,6 +10,7 @@ from weakref import WeakValueDictionary
 from ._db_connect import DBConnect, new_session
 from ._errors import SessionNotReadyError, closed_context, see
 from ._logging import DEBUG, is_enabled_for, log_session_created
+from ._sqlalchemy.internals import running_loop
 from ._sqlalchemy.session import close_session
 
 if TYPE_CHECKING:
@@ -81,19 +82,22 @@ def create_session_nowait(store: Store, connect: DBConnect) -> AsyncSession:
             "the session does not exist yet, and before_create_session_handler must be awaited to create it: "
             "call 'await db_session(connect)' first" + see("guides/replicas.md")
         )
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
+    if not in_event_loop():
         raise SessionNotReadyError(
             "the session does not exist yet, and it cannot be created without an event loop: "
             "call 'await db_session(connect)' in an async function"
             + see("faq.md#no-database-session-context-is-open-here")
-        ) from None
+        )
     session = new_session(connect)
     store.put(connect, session)
     if is_enabled_for(DEBUG):
         log_session_created(store, connect)
     return session
+
+
+def in_event_loop() -> bool:
+    """Return whether an event loop is running in this thread."""
+    return running_loop() is not None
 
 
 def _check(store: Store, connect: object) -> None:

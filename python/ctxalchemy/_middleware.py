@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextvars import Token
 from typing import Any, NoReturn
-from weakref import ref
 
 from . import _complete, _logging
 from ._backend import SessionStore, current_context, open_context, reset_context
@@ -77,7 +76,7 @@ class ASGIHTTPDBSessionMiddleware:
             await self.app(scope, receive, send)
             return
         store = open_context()
-        scope[_SCOPE_KEY] = _Mark(store)
+        scope[_SCOPE_KEY] = store
         try:
             if kind == "http":
                 response = _Response(store, send, self)
@@ -202,25 +201,6 @@ class _WebSocket:
         return self._send(message)
 
 
-class _Mark(ref[SessionStore]):
-    """The context of a request, in the scope of the request.
-
-    Other middleware may copy or pickle a scope.  A copy of the scope belongs to the same request.  In another process
-    the request has no context.
-    """
-
-    __slots__ = ()
-
-    def __copy__(self) -> _Mark:
-        return self
-
-    def __deepcopy__(self, _memo: object) -> _Mark:
-        return self
-
-    def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        return type(None), ()
-
-
 def is_success(status: int) -> bool:
     """Return whether a response with this status is a success: below 400."""
     return status < 400
@@ -235,8 +215,7 @@ def joins_context(scope: Scope, store: SessionStore | None) -> bool:
     """
     if store is None or store.closed:
         return False
-    mark = scope.get(_SCOPE_KEY)
-    return (isinstance(mark, _Mark) and mark() is store) or _is_outermost(store)
+    return scope.get(_SCOPE_KEY) is store or _is_outermost(store)
 
 
 def _is_outermost(store: SessionStore) -> bool:
@@ -251,6 +230,4 @@ def _is_outermost(store: SessionStore) -> bool:
 
 def mark_context(scope: Scope) -> None:
     """Record that the current context belongs to this request."""
-    store = current_context()
-    assert store is not None
-    scope[_SCOPE_KEY] = _Mark(store)
+    scope[_SCOPE_KEY] = current_context()

@@ -6,14 +6,13 @@ here.  The rest of the package uses only these names, through ``_backend``.
 
 from __future__ import annotations
 
-import asyncio
 from contextvars import ContextVar, Token
 from threading import get_ident
 from typing import NoReturn, SupportsIndex, final
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from ._create_session import create_session, create_session_nowait
+from ._create_session import create_session, create_session_nowait, in_event_loop
 from ._db_connect import DBConnect
 from ._errors import closed_context, context_already_open, no_context, other_thread
 
@@ -62,9 +61,20 @@ class SessionStore:
     def __init_subclass__(cls) -> NoReturn:
         raise TypeError("type 'ctxalchemy.SessionStore' is not an acceptable base type")
 
-    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
-        # A copy would complete and close the same sessions again.
-        raise TypeError("cannot pickle 'ctxalchemy.SessionStore' object")
+    # The middleware puts the context into the scope of its request, which other middleware may copy or pickle.  A copy
+    # of the scope belongs to the same request.  In another process, the request has no context.
+
+    def __copy__(self) -> SessionStore:
+        """Return the context itself."""
+        return self
+
+    def __deepcopy__(self, memo: object) -> SessionStore:
+        """Return the context itself."""
+        return self
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[type[None], tuple[()]]:
+        """Pickle the context as None."""
+        return type(None), ()
 
     @property
     def manual(self) -> bool:
@@ -201,7 +211,7 @@ def init_db_session_ctx(force: bool = False) -> Token[SessionStore | None]:
     if outer is not None and not outer._closed and not force:
         raise context_already_open()
     store = SessionStore(True)
-    if _in_event_loop():
+    if in_event_loop():
         store._thread = get_ident()
     store._token = token = _set(store)
     return token
@@ -222,16 +232,8 @@ def _check_thread(store: SessionStore) -> None:
         return  # There is no session, and creating one raises.
     if store._thread != _ANY_THREAD:
         raise other_thread()
-    if _in_event_loop():
+    if in_event_loop():
         store._thread = get_ident()
-
-
-def _in_event_loop() -> bool:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True
 
 
 async def db_session(connect: DBConnect) -> AsyncSession:

@@ -23,4 +23,4 @@ pub use coroutine::{Attribute, Coroutine, CoroutineBody, Running, SendResult, St
 pub use function::{Body, function};
 pub use interpreter::check_interpreter;
 pub use outcome::{Argument, Outcome, Raised, catch_panic};
-pub use session_store::SessionStore;
+pub use session_store::{Lookup, SessionStore};

@@ -1,7 +1,7 @@
 //! The objects of the type `SessionStore`.
 
 use std::cell::RefCell;
-use std::ffi::{c_int, c_void};
+use std::ffi::{c_int, c_ulong, c_void};
 use std::mem::offset_of;
 use std::ptr::{self, NonNull};
 
@@ -29,15 +29,28 @@ pub struct SessionStore {
 struct Contents {
     token: Option<Object>,
     sessions: Slots<Object>,
+    /// The thread of the event loop to which the sessions belong, or `ANY_THREAD`.
+    thread: c_ulong,
     manual: bool,
     closed: bool,
+}
+
+/// The thread of a context that was opened without an event loop and has not been used in one.
+const ANY_THREAD: c_ulong = 0;
+
+/// The result of `SessionStore::lookup`.
+pub enum Lookup<'py> {
+    Session(Bound<'py, PyAny>),
+    NoSession,
+    /// The context belongs to the event loop of another thread, or to none yet.
+    NotOfThisThread,
 }
 
 /// A database and its session.
 type Pair<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>);
 
 /// Each request has one: it must be smaller than the object of the reference implementation.
-const _: () = assert!(cfg!(Py_GIL_DISABLED) || size_of::<SessionStore>() <= 7 * size_of::<usize>());
+const _: () = assert!(cfg!(Py_GIL_DISABLED) || size_of::<SessionStore>() <= size_of::<[usize; 8]>());
 
 static TYPE: Immortal<ffi::PyTypeObject> = Immortal::new();
 
@@ -68,12 +81,13 @@ impl SessionStore {
     }
 
     #[inline(always)]
-    pub fn new(py: Python<'_>, manual: bool) -> Outcome<'_, SessionStore> {
+    pub fn new(py: Python<'_>, manual: bool, of_this_thread: bool) -> Outcome<'_, SessionStore> {
         let store = match FREE_LIST.pop(py) {
             Some(store) => store.as_ptr(),
             None => Self::allocate()?.as_ptr(),
         };
-        let contents = Contents { token: None, sessions: Slots::new(), manual, closed: false };
+        let thread = if of_this_thread { this_thread(py) } else { ANY_THREAD };
+        let contents = Contents { token: None, sessions: Slots::new(), thread, manual, closed: false };
         // SAFETY: the object is a `SessionStore` that no other code uses.  Every field is set before the garbage
         // collector tracks the object.
         unsafe {
@@ -114,6 +128,7 @@ impl SessionStore {
             Self::with(this, |contents| {
                 contents.manual = manual;
                 contents.closed = false;
+                contents.thread = ANY_THREAD;
                 (contents.sessions.take(), contents.token.take())
             })
         };
@@ -148,8 +163,39 @@ impl SessionStore {
         drop(unsafe { Self::with(this, |contents| std::mem::replace(&mut contents.token, token)) });
     }
 
-    /// The session of this database.
+    /// Whether the context belongs to the event loop of a thread.
+    pub fn has_thread(this: &Bound<'_, Self>) -> bool {
+        // SAFETY: no Python code runs.
+        unsafe { Self::with(this, |contents| contents.thread != ANY_THREAD) }
+    }
+
+    /// Let the context belong to the event loop of the current thread.
+    pub fn set_thread(this: &Bound<'_, Self>) {
+        let thread = this_thread(this.py());
+        // SAFETY: no Python code runs.
+        unsafe { Self::with(this, |contents| contents.thread = thread) }
+    }
+
+    /// The session of this database, for code in the thread of the context.
     #[inline(always)]
+    pub fn lookup<'py>(this: &Bound<'py, Self>, database: Argument<'_, 'py>) -> Lookup<'py> {
+        let py = this.py();
+        let thread = this_thread(py);
+        // SAFETY: comparisons and a new reference to an object run no Python code.
+        unsafe {
+            Self::with(this, |contents| {
+                if contents.thread != thread {
+                    return Lookup::NotOfThisThread;
+                }
+                match contents.sessions.get(|key| key.is(database)) {
+                    Some(session) => Lookup::Session(session.to_bound(py)),
+                    None => Lookup::NoSession,
+                }
+            })
+        }
+    }
+
+    /// The session of this database.
     pub fn get<'py>(this: &Bound<'py, Self>, database: Argument<'_, 'py>) -> Option<Bound<'py, PyAny>> {
         // SAFETY: a comparison of pointers and a new reference to an object run no Python code.
         unsafe {
@@ -208,6 +254,12 @@ impl SessionStore {
     }
 }
 
+#[inline(always)]
+fn this_thread(_: Python<'_>) -> c_ulong {
+    // SAFETY: the function has no requirements.
+    unsafe { ffi::PyThread_get_thread_ident() }
+}
+
 fn pairs(py: Python<'_>, sessions: Slots<Object>) -> Vec<Pair<'_>> {
     let pairs = sessions.into_vec().into_iter();
     pairs.map(|(database, session)| (database.into_bound(py), session.into_bound(py))).collect()
@@ -221,7 +273,7 @@ unsafe extern "C" fn new(
     // SAFETY: the interpreter calls this function, with the thread attached.  The class has no subclasses, and the
     // arguments are for `__init__`.
     let py = unsafe { Python::assume_attached() };
-    into_raw(|| SessionStore::new(py, false).map(Bound::into_any))
+    into_raw(|| SessionStore::new(py, false, false).map(Bound::into_any))
 }
 
 unsafe extern "C" fn traverse(object: *mut ffi::PyObject, visit: ffi::visitproc, argument: *mut c_void) -> c_int {

@@ -26,12 +26,6 @@ if TYPE_CHECKING:
 MESSAGE = r"belongs to the event loop of another thread.*run_in_new_ctx\(\) or new_ctx\(\)"
 
 
-@pytest.fixture(autouse=True)
-def native_follows(ctxalchemy: ModuleType) -> None:
-    if ctxalchemy.BACKEND == "native":
-        pytest.skip("the native backend does not compare threads yet")
-
-
 @pytest.fixture
 async def db(ctxalchemy: ModuleType, schema: Schema) -> AsyncIterator[Any]:
     """A pool for two threads; each closes the connections of its own event loop."""

@@ -34,6 +34,7 @@ __all__ = [
     "is_concurrent_use",
     "is_permanently_closed",
     "leave_begin_block",
+    "running_loop",
     "statement_lock",
 ]
 
@@ -111,6 +112,15 @@ def has_waiters(lock: asyncio.Lock) -> bool:
     this.  Checked with CPython 3.11 to 3.15 and PyPy 3.11.
     """
     return bool(lock._waiters)
+
+
+def running_loop() -> asyncio.AbstractEventLoop | None:
+    """Return the event loop that is running in this thread, or None: ``asyncio._get_running_loop``.
+
+    The public ``asyncio.get_running_loop`` raises an exception if there is none.  asyncio documents the private
+    function for implementations of event loops.  Checked with CPython 3.11 to 3.15 and PyPy 3.11.
+    """
+    return asyncio._get_running_loop()
 
 
 def is_concurrent_use(error: BaseException) -> bool:
