@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import InvalidRequestError
+from sqlalchemy.ext.asyncio import AsyncSession
 from support.schema import Schema, add_note, checked_out, watched
 from support.sessions import ClosingSession, Journal, maker_creator
 from support.waiting import Gate
@@ -263,7 +264,7 @@ async def test_session_that_is_put_during_the_handler_is_returned_to_all_callers
     async with ctxalchemy.new_ctx():
         task = asyncio.create_task(ctxalchemy.db_session(slow_db))
         await gate.reached()
-        put = (await slow_db.session_maker())()
+        put = AsyncSession()
         ctxalchemy.put_db_session_to_context(slow_db, put)
         gate.open()
         assert await task is put
