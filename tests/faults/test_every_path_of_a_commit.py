@@ -26,10 +26,10 @@ async def fail_quietly(session: AsyncSession) -> None:
 
 
 async def test_commit_of_the_application_itself_fails_if_the_transaction_is_aborted(
-    ctxalchemy: ModuleType, schema: Schema, driven: Any
+    ctxalchemy: ModuleType, schema: Schema, db_per_driver: Any
 ) -> None:
     async with ctxalchemy.new_ctx():
-        session = await ctxalchemy.db_session(driven)
+        session = await ctxalchemy.db_session(db_per_driver)
         await add_note(session, "lost")
         await fail_quietly(session)
         with pytest.raises(DBAPIError, match="current transaction is aborted"):
@@ -37,16 +37,16 @@ async def test_commit_of_the_application_itself_fails_if_the_transaction_is_abor
         await session.rollback()
         await add_note(session, "kept")
         await session.commit()
-    await assert_whole(ctxalchemy, schema, driven, notes=["kept"])
+    await assert_whole(ctxalchemy, schema, db_per_driver, notes=["kept"])
 
 
 async def test_error_of_the_driver_connection_fails_the_commit(
-    ctxalchemy: ModuleType, schema: Schema, driven: Any
+    ctxalchemy: ModuleType, schema: Schema, db_per_driver: Any
 ) -> None:
     """SQLAlchemy cannot detect it; what the server answers to COMMIT does."""
 
     async def work() -> None:
-        session = await ctxalchemy.db_session(driven)
+        session = await ctxalchemy.db_session(db_per_driver)
         await add_note(session, "lost")
         driver_connection: Any = (await (await session.connection()).get_raw_connection()).driver_connection
         with suppress(Exception):
@@ -54,27 +54,27 @@ async def test_error_of_the_driver_connection_fails_the_commit(
 
     with pytest.raises(DBAPIError, match="current transaction is aborted"):
         await ctxalchemy.run_in_new_ctx(work)
-    await assert_whole(ctxalchemy, schema, driven, notes=[])
+    await assert_whole(ctxalchemy, schema, db_per_driver, notes=[])
 
 
 @pytest.mark.parametrize("begun_before", [False, True], ids=["session begins", "connection has begun"])
 async def test_session_bound_to_a_connection_is_checked(
-    ctxalchemy: ModuleType, schema: Schema, driven: Any, begun_before: bool
+    ctxalchemy: ModuleType, schema: Schema, db_per_driver: Any, begun_before: bool
 ) -> None:
-    engine = (await driven.session_maker()).kw["bind"]
+    engine = (await db_per_driver.session_maker()).kw["bind"]
     async with engine.connect() as connection:
         if begun_before:
             await connection.execute(text("SELECT 1"))
 
         async def work() -> None:
-            ctxalchemy.put_db_session_to_context(driven, AsyncSession(connection))
-            session = await ctxalchemy.db_session(driven)
+            ctxalchemy.put_db_session_to_context(db_per_driver, AsyncSession(connection))
+            session = await ctxalchemy.db_session(db_per_driver)
             await add_note(session, "lost")
             await fail_quietly(session)
 
         with pytest.raises(DBAPIError, match="current transaction is aborted"):
             await ctxalchemy.run_in_new_ctx(work)
-    await assert_whole(ctxalchemy, schema, driven, notes=[])
+    await assert_whole(ctxalchemy, schema, db_per_driver, notes=[])
 
 
 class Base(DeclarativeBase):
@@ -155,28 +155,30 @@ async def test_session_over_two_engines_that_commits_only_one_raises_a_partial_c
 
 
 async def test_thousand_refused_commits_open_no_new_connection(
-    ctxalchemy: ModuleType, schema: Schema, driven: Any
+    ctxalchemy: ModuleType, schema: Schema, db_per_driver: Any
 ) -> None:
     async with ctxalchemy.new_ctx():
-        await count_notes(await ctxalchemy.db_session(driven))
+        await count_notes(await ctxalchemy.db_session(db_per_driver))
     before = await pids(schema)
     for _ in range(1000):
         with pytest.raises(IntegrityError):
             async with ctxalchemy.new_ctx():
-                await break_commit(await ctxalchemy.db_session(driven))
+                await break_commit(await ctxalchemy.db_session(db_per_driver))
     assert await pids(schema) == before
-    assert await checked_out(driven) == 0
-    await assert_whole(ctxalchemy, schema, driven, notes=[])
+    assert await checked_out(db_per_driver) == 0
+    await assert_whole(ctxalchemy, schema, db_per_driver, notes=[])
 
 
-async def test_refused_serialization_keeps_the_connection(ctxalchemy: ModuleType, schema: Schema, driven: Any) -> None:
-    async with ctxalchemy.new_non_ctx_atomic_session(driven) as session:
+async def test_refused_serialization_keeps_the_connection(
+    ctxalchemy: ModuleType, schema: Schema, db_per_driver: Any
+) -> None:
+    async with ctxalchemy.new_non_ctx_atomic_session(db_per_driver) as session:
         await add_note(session, "there")
     before = await pids(schema)
     rival_db = schema.db(ctxalchemy)
 
     async def work() -> None:
-        session = await ctxalchemy.db_session(driven)
+        session = await ctxalchemy.db_session(db_per_driver)
         await session.connection(execution_options={"isolation_level": "SERIALIZABLE"})
         await count_notes(session)
         async with ctxalchemy.new_non_ctx_session(rival_db) as rival:
@@ -190,17 +192,17 @@ async def test_refused_serialization_keeps_the_connection(ctxalchemy: ModuleType
         await ctxalchemy.run_in_new_ctx(work)
     await rival_db.close()
     assert before <= await pids(schema)
-    await assert_whole(ctxalchemy, schema, driven, notes=["there", "first"])
+    await assert_whole(ctxalchemy, schema, db_per_driver, notes=["there", "first"])
 
 
 async def test_commit_whose_outcome_is_unknown_invalidates_the_connection(
-    ctxalchemy: ModuleType, schema: Schema, driven: Any
+    ctxalchemy: ModuleType, schema: Schema, db_per_driver: Any
 ) -> None:
     async with CommitGate.close(schema) as gate:
 
         async def work() -> None:
             async with ctxalchemy.new_ctx():
-                await add_note(await ctxalchemy.db_session(driven), "slow")
+                await add_note(await ctxalchemy.db_session(db_per_driver), "slow")
 
         task = asyncio.create_task(work())
         await gate.reached()
@@ -209,4 +211,4 @@ async def test_commit_whose_outcome_is_unknown_invalidates_the_connection(
         with pytest.raises(DBAPIError):
             await task
     assert not before & await pids(schema)
-    await assert_whole(ctxalchemy, schema, driven, notes=[])
+    await assert_whole(ctxalchemy, schema, db_per_driver, notes=[])

@@ -41,10 +41,14 @@ async def by_the_middleware(ctxalchemy: ModuleType, work: Work) -> None:
 
 
 async def by_a_websocket(ctxalchemy: ModuleType, work: Work) -> None:
-    async def app(_scope: Any, _receive: Any, _send: Any) -> None:
+    async def app(_scope: Any, _receive: Any, send: Any) -> None:
+        await send({"type": "websocket.accept"})
         await work()
 
-    await ctxalchemy.ASGIHTTPDBSessionMiddleware(app, websocket=True)({**http_scope(), "type": "websocket"}, None, None)
+    async def send(_message: Any) -> None:
+        pass
+
+    await ctxalchemy.ASGIHTTPDBSessionMiddleware(app, websocket=True)({**http_scope(), "type": "websocket"}, None, send)
 
 
 async def by_new_ctx(ctxalchemy: ModuleType, work: Work) -> None:

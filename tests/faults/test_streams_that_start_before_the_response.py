@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 @each_transport
 @pytest.mark.parametrize("writes", [False, True], ids=["reads", "writes first"])
 async def test_server_sent_events_of_fastapi_use_the_session(
-    ctxalchemy: ModuleType, schema: Schema, driven: Any, transport: Transport, writes: bool
+    ctxalchemy: ModuleType, schema: Schema, db_per_driver: Any, transport: Transport, writes: bool
 ) -> None:
     """FastAPI starts the generator before the response start."""
     app = FastAPI()
     ctxalchemy.fastapi.add_fastapi_http_db_session_middleware(app)
 
     async def session_of_request() -> AsyncSession:
-        session: AsyncSession = await ctxalchemy.db_session(driven)
+        session: AsyncSession = await ctxalchemy.db_session(db_per_driver)
         if writes:
             await add_note(session, "kept")
         return session
@@ -54,12 +54,12 @@ async def test_server_sent_events_of_fastapi_use_the_session(
             assert [line for line in response.text.splitlines() if line] == [
                 f'data: "{number} of {int(writes)}"' for number in range(5)
             ]
-    await assert_whole(ctxalchemy, schema, driven, notes=["kept"] if writes else [])
+    await assert_whole(ctxalchemy, schema, db_per_driver, notes=["kept"] if writes else [])
 
 
 @each_transport
 async def test_base_http_middleware_inside_may_wrap_a_stream_that_reads_the_database(
-    ctxalchemy: ModuleType, schema: Schema, driven: Any, transport: Transport
+    ctxalchemy: ModuleType, schema: Schema, db_per_driver: Any, transport: Transport
 ) -> None:
     """``BaseHTTPMiddleware`` lets the response body begin before it passes the response start on."""
     app = FastAPI()
@@ -74,28 +74,28 @@ async def test_base_http_middleware_inside_may_wrap_a_stream_that_reads_the_data
 
     async def body() -> AsyncIterator[bytes]:
         for _ in range(5):
-            session = await ctxalchemy.db_session(driven)
+            session = await ctxalchemy.db_session(db_per_driver)
             await session.execute(text("SELECT pg_sleep(0.05)"))
             yield b"%d\n" % await count_notes(session)
 
     @app.get("/")
     async def stream() -> StreamingResponse:
-        await add_note(await ctxalchemy.db_session(driven), "kept")
+        await add_note(await ctxalchemy.db_session(db_per_driver), "kept")
         return StreamingResponse(body())
 
     async with client_of(Witness(ctxalchemy, app), transport) as client:
         response = await client.get("/")
         assert (response.status_code, response.content) == (200, b"1\n" * 5)
-    await assert_whole(ctxalchemy, schema, driven, notes=["kept"])
+    await assert_whole(ctxalchemy, schema, db_per_driver, notes=["kept"])
 
 
 async def test_commit_waits_for_the_statement_of_another_task(
-    ctxalchemy: ModuleType, schema: Schema, driven: Any
+    ctxalchemy: ModuleType, schema: Schema, db_per_driver: Any
 ) -> None:
     tasks: list[asyncio.Task[Any]] = []
 
     async def endpoint() -> Answer:
-        session = await ctxalchemy.db_session(driven)
+        session = await ctxalchemy.db_session(db_per_driver)
         await add_note(session, "kept")
         tasks.append(asyncio.create_task(session.execute(text("SELECT pg_sleep(0.3)"))))
         await asyncio.sleep(0.05)
@@ -104,40 +104,40 @@ async def test_commit_waits_for_the_statement_of_another_task(
     sent = await call(build("asgi", ctxalchemy, endpoint))
     assert sent[0]["status"] == 200
     await asyncio.gather(*tasks)
-    await assert_whole(ctxalchemy, schema, driven, notes=["kept"])
+    await assert_whole(ctxalchemy, schema, db_per_driver, notes=["kept"])
 
 
 async def test_commit_waits_while_another_task_checks_out_the_first_connection(
-    ctxalchemy: ModuleType, schema: Schema, driven: Any
+    ctxalchemy: ModuleType, schema: Schema, db_per_driver: Any
 ) -> None:
     tasks: list[asyncio.Task[Any]] = []
 
     async def endpoint() -> Answer:
-        session = await ctxalchemy.db_session(driven)
+        session = await ctxalchemy.db_session(db_per_driver)
         tasks.append(asyncio.create_task(add_note(session, "kept")))
         await asyncio.sleep(0.05)
         return Answer()
 
-    async with ctxalchemy.new_non_ctx_session(driven) as rival:
+    async with ctxalchemy.new_non_ctx_session(db_per_driver) as rival:
         await count_notes(rival)
         request = asyncio.create_task(call(build("asgi", ctxalchemy, endpoint)))
         await asyncio.sleep(0.2)
         await rival.commit()
     assert (await request)[0]["status"] == 200
     await asyncio.gather(*tasks)
-    await assert_whole(ctxalchemy, schema, driven, notes=["kept"])
+    await assert_whole(ctxalchemy, schema, db_per_driver, notes=["kept"])
 
 
 async def test_commit_raises_after_a_second_and_names_the_task_and_the_cure(
-    ctxalchemy: ModuleType, schema: Schema, driven: Any
+    ctxalchemy: ModuleType, schema: Schema, db_per_driver: Any
 ) -> None:
     tasks: list[asyncio.Task[Any]] = []
 
     async def write_report() -> None:
-        await (await ctxalchemy.db_session(driven)).execute(text("SELECT pg_sleep(30)"))
+        await (await ctxalchemy.db_session(db_per_driver)).execute(text("SELECT pg_sleep(30)"))
 
     async def endpoint() -> Answer:
-        await add_note(await ctxalchemy.db_session(driven), "lost")
+        await add_note(await ctxalchemy.db_session(db_per_driver), "lost")
         tasks.append(asyncio.create_task(write_report(), name="report"))
         await asyncio.sleep(0.05)
         return Answer()
@@ -150,4 +150,4 @@ async def test_commit_raises_after_a_second_and_names_the_task_and_the_cure(
     assert witness.statuses == []
     (outcome,) = await asyncio.gather(*tasks, return_exceptions=True)
     assert isinstance(outcome, Exception)
-    await assert_whole(ctxalchemy, schema, driven, notes=[])
+    await assert_whole(ctxalchemy, schema, db_per_driver, notes=[])

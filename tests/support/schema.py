@@ -166,7 +166,12 @@ async def count_notes(session: AsyncSession) -> int:
 
 async def pool_of(db: Any) -> Any:
     """Return the pool of the engine that the database uses on the running event loop."""
-    return (await db.session_maker()).kw["bind"].pool
+    # The handler is for sessions, and the pool must not depend on it.
+    handler, db.before_create_session_handler = db.before_create_session_handler, None
+    try:
+        return (await db.session_maker()).kw["bind"].pool
+    finally:
+        db.before_create_session_handler = handler
 
 
 async def checked_out(db: Any) -> int:
