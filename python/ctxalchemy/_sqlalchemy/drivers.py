@@ -13,6 +13,7 @@ from contextlib import suppress
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from .._errors import see
 from .internals import await_only, has_waiters, in_greenlet, statement_lock
 
 if TYPE_CHECKING:
@@ -21,8 +22,17 @@ if TYPE_CHECKING:
 CANCEL_TIMEOUT = 2.0
 """Seconds for the server to cancel a statement: as long as SQLAlchemy waits for asyncpg to close a connection."""
 
-_DEADLOCK = 1213
-"""The error of MySQL and MariaDB after which InnoDB has rolled back the whole transaction."""
+_ENDS_TRANSACTION = frozenset({1020, 1206, 1213})
+"""The errors of MySQL and MariaDB after which InnoDB has rolled back the whole transaction.
+
+A row has changed since the snapshot (MariaDB with ``innodb_snapshot_isolation``), the lock table is full, a deadlock.
+"""
+
+_LOCK_WAIT_TIMEOUT = 1205
+"""The error after which InnoDB has rolled back the statement, or the transaction, if the server is configured so."""
+
+_CONNECTION_ENDED = frozenset({1053, 1927, 3169, 4031})
+"""The errors of a server that ends the connection: it shuts down, or the connection was killed or idle for too long."""
 
 
 # --- is the connection in use? -----------------------------------------------------------------------
@@ -68,12 +78,35 @@ def is_refusal(error: BaseException | None) -> bool:
         return True
     number = _mysql_number(error)
     # The client library uses the numbers from 2000 to 2999.
-    return number is not None and not 2000 <= number < 3000
+    return number is not None and not 2000 <= number < 3000 and number not in _CONNECTION_ENDED
 
 
 def ends_transaction(error: BaseException | None) -> bool:
     """Return whether the database has rolled back the whole transaction, as InnoDB does after a deadlock."""
-    return _mysql_number(error) == _DEADLOCK
+    return _mysql_number(error) in _ENDS_TRANSACTION
+
+
+def may_end_transaction(error: BaseException | None) -> bool:
+    """Return whether the configuration of the server determines if it has rolled back the whole transaction.
+
+    After a lock wait timeout, InnoDB by default has rolled back only the statement, and an application may handle this
+    error and commit the rest.  To refuse each such commit would break correct applications, and to allow each would
+    lose writes on servers with ``innodb_rollback_on_timeout``.  The server is asked, once, before the commit.
+    """
+    return _mysql_number(error) == _LOCK_WAIT_TIMEOUT
+
+
+ROLLBACK_ON_TIMEOUT = "SHOW GLOBAL VARIABLES LIKE 'innodb_rollback_on_timeout'"
+"""The statement that returns a name and ON or OFF, or no row if the server does not have this variable."""
+
+
+def error_of_commit(error_class: type[BaseException], arguments: tuple[Any, ...]) -> BaseException:
+    """Return the error of a commit after an error that ended the transaction: of the same class and number."""
+    return error_class(
+        arguments[0],
+        "this transaction cannot be committed: the database rolled it back because of an error that the application "
+        f"handled: {', '.join(map(str, arguments[1:]))}{see('what-happens-when.md')}",
+    )
 
 
 def _mysql_number(error: BaseException | None) -> int | None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 from sqlalchemy import Connection, Engine, PoolProxiedConnection, event
-from sqlalchemy.exc import InvalidRequestError
+from sqlalchemy.exc import InvalidRequestError, OperationalError
 
 from .._errors import see
 from . import drivers
@@ -25,13 +25,17 @@ from .drivers import (
     cancel_statement,
     check_asyncpg_commits,
     ends_transaction,
+    error_of_commit,
     is_executing,
     is_refusal,
+    may_end_transaction,
     raise_if_aborted_psycopg,
 )
 from .internals import await_only, in_greenlet
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from sqlalchemy import Dialect, ExceptionContext
     from sqlalchemy.ext.asyncio import AsyncEngine
     from sqlalchemy.pool import ConnectionPoolEntry, ManagesConnection
@@ -44,14 +48,28 @@ _TERMINATE_TIMEOUT = 4.0
 
 
 @dataclass(slots=True)
+class _Ended:
+    """An error because of which the database has rolled back the whole transaction.
+
+    The error itself is not kept: its traceback would keep the session alive.
+    """
+
+    checkout: ref[PoolProxiedConnection]
+    error_class: type[BaseException]
+    arguments: tuple[Any, ...]
+    is_certain: bool
+    """This error always rolls back the transaction.  Otherwise the configuration of the server determines it."""
+
+
+@dataclass(slots=True)
 class _State:
     """What is known about one connection to the server."""
 
     pool_entry: ConnectionPoolEntry
     failed: ref[PoolProxiedConnection] | None = None
     """The last checkout during which a statement failed: the transaction of this checkout may be aborted."""
-    rolled_back: ref[PoolProxiedConnection] | None = None
-    """The last checkout whose transaction the database has rolled back because of an error."""
+    ended: _Ended | None = None
+    """The last error because of which the database has rolled back a transaction."""
     invalidated: bool = False
     """A task is terminating the connection, or has terminated it."""
 
@@ -87,8 +105,10 @@ def _note_failures(dialect: Dialect) -> None:
 
 def _note_failure(state: _State, proxied: PoolProxiedConnection, error: BaseException | None) -> None:
     state.failed = ref(proxied)
-    if ends_transaction(error):
-        state.rolled_back = ref(proxied)
+    if error is None or (state.ended is not None and state.ended.is_certain and state.ended.checkout() is proxied):
+        return
+    if (is_certain := ends_transaction(error)) or may_end_transaction(error):
+        state.ended = _Ended(state.failed, type(error), error.args, is_certain)
 
 
 def _check_commits(engine: AsyncEngine) -> None:
@@ -104,13 +124,13 @@ def _check_commits(engine: AsyncEngine) -> None:
         do_commit(dbapi_connection)
 
     def commit_mysql(dbapi_connection: PoolProxiedConnection) -> None:
-        if _was_rolled_back(dbapi_connection):
-            raise _rolled_back_by_database()
+        if (error := _error_of_commit(dbapi_connection, lambda: _first_row(dbapi_connection))) is not None:
+            raise error
         do_commit(dbapi_connection)
 
     def rollback_mysql(dbapi_connection: PoolProxiedConnection) -> None:
         if (state := _state(dbapi_connection)) is not None:
-            state.rolled_back = None
+            state.ended = None
         do_rollback(dbapi_connection)
 
     if dialect.driver == "asyncpg":
@@ -122,16 +142,31 @@ def _check_commits(engine: AsyncEngine) -> None:
         dialect.do_rollback = rollback_mysql  # type: ignore[method-assign]
 
 
-def _was_rolled_back(proxied: PoolProxiedConnection) -> bool:
+def _error_of_commit(proxied: PoolProxiedConnection, ask: Callable[[], Sequence[Any] | None]) -> BaseException | None:
+    """Return the error of a commit of this transaction if the database has rolled back the transaction.
+
+    Args:
+        proxied: the connection.
+        ask: executes ``ROLLBACK_ON_TIMEOUT``.  It is called only after a lock wait timeout.
+    """
     state = _state(proxied)
-    return state is not None and state.rolled_back is not None and state.rolled_back() is proxied
+    ended = state.ended if state is not None else None
+    if ended is None or ended.checkout() is not proxied:
+        return None
+    if not ended.is_certain:
+        row = ask()
+        ended.is_certain = row is not None and row[1] == "ON"
+    return error_of_commit(ended.error_class, ended.arguments) if ended.is_certain else None
 
 
-def _rolled_back_by_database() -> InvalidRequestError:
-    return InvalidRequestError(
-        "this transaction cannot be committed: the database rolled it back because of an error, such as a deadlock, "
-        "and the application handled that error" + see("what-happens-when.md")
-    )
+def _first_row(proxied: PoolProxiedConnection) -> Sequence[Any] | None:
+    cursor = proxied.cursor()
+    try:
+        cursor.execute(drivers.ROLLBACK_ON_TIMEOUT)
+        row: Sequence[Any] | None = cursor.fetchone()
+        return row
+    finally:
+        cursor.close()
 
 
 def _on_connect(_dbapi_connection: object, pool_entry: ConnectionPoolEntry) -> None:
@@ -195,8 +230,9 @@ def raise_if_aborted(connection: Connection) -> None:
     raise_if_terminated(connection)
     proxied = connection.connection
     if connection.dialect.name != "postgresql":
-        if _was_rolled_back(proxied):
-            raise _rolled_back_by_database()
+        error = _error_of_commit(proxied, lambda: connection.exec_driver_sql(drivers.ROLLBACK_ON_TIMEOUT).first())
+        if error is not None:
+            raise OperationalError("COMMIT", None, error)
         return
     state = _state(proxied)
     if state is None or (state.failed is not None and state.failed() is proxied):
