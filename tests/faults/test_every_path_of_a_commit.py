@@ -40,6 +40,18 @@ async def test_commit_of_the_application_itself_fails_if_the_transaction_is_abor
     await assert_whole(ctxalchemy, schema, db_per_driver, notes=["kept"])
 
 
+async def test_session_that_is_closed_after_its_failed_commit_leaves_no_transaction_in_the_pool(
+    ctxalchemy: ModuleType, schema: Schema, db_per_driver: Any
+) -> None:
+    """SQLAlchemy rolls back neither: it considers a transaction ended when its COMMIT has failed."""
+    async with ctxalchemy.new_non_ctx_session(db_per_driver) as session:
+        await add_note(session, "lost")
+        await fail_quietly(session)
+        with pytest.raises(DBAPIError, match="current transaction is aborted"):
+            await session.commit()
+    await assert_whole(ctxalchemy, schema, db_per_driver, notes=[])
+
+
 async def test_error_of_the_driver_connection_fails_the_commit(
     ctxalchemy: ModuleType, schema: Schema, db_per_driver: Any
 ) -> None:

@@ -197,6 +197,17 @@ async def test_commit_after_a_deadlock_raises_and_after_a_rollback_succeeds(
     await assert_rival_won(ctxalchemy, schema, db, rival_db, others=("kept",))
 
 
+async def test_session_that_is_closed_after_its_failed_commit_leaves_no_transaction_in_the_pool(
+    ctxalchemy: ModuleType, schema: MariaDBSchema, db: Any, rival_db: Any
+) -> None:
+    async with Rival.request(ctxalchemy, schema, rival_db) as rival, ctxalchemy.new_non_ctx_session(db) as session:
+        await rival.deadlock_quietly(session)
+        await add_note(session, "after")
+        with pytest.raises(OperationalError, match=ROLLED_BACK):
+            await session.commit()
+    await assert_rival_won(ctxalchemy, schema, db, rival_db)
+
+
 async def test_rollback_after_a_deadlock_lets_the_request_go_on(
     ctxalchemy: ModuleType, schema: MariaDBSchema, db: Any, rival_db: Any
 ) -> None:

@@ -151,13 +151,14 @@ def _checked_class(connection_class: Any) -> Any:
     return CheckedConnection
 
 
-def raise_if_aborted_psycopg(driver_connection: Any) -> None:
-    """Raise the error of PostgreSQL if the transaction is aborted.  psycopg tracks this, so it takes no round trip."""
+def error_of_aborted_psycopg(driver_connection: Any) -> BaseException | None:
+    """Return the error of PostgreSQL if the transaction is aborted.  psycopg tracks this, so it takes no round trip."""
     from psycopg.errors import InFailedSqlTransaction
     from psycopg.pq import TransactionStatus
 
-    if driver_connection.info.transaction_status == TransactionStatus.INERROR:
-        raise InFailedSqlTransaction("current transaction is aborted, and COMMIT would roll it back")
+    if driver_connection.info.transaction_status != TransactionStatus.INERROR:
+        return None
+    return InFailedSqlTransaction("current transaction is aborted, and COMMIT would roll it back")
 
 
 # --- cancelling --------------------------------------------------------------------------------------

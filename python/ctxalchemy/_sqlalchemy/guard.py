@@ -25,11 +25,11 @@ from .drivers import (
     cancel_statement,
     check_asyncpg_commits,
     ends_transaction,
+    error_of_aborted_psycopg,
     error_of_commit,
     is_executing,
     is_refusal,
     may_end_transaction,
-    raise_if_aborted_psycopg,
 )
 from .internals import await_only, in_greenlet
 
@@ -119,12 +119,18 @@ def _check_commits(engine: AsyncEngine) -> None:
     dialect = engine.dialect
     do_commit, do_rollback = dialect.do_commit, dialect.do_rollback
 
+    # A commit that is refused here rolls back, as PostgreSQL does when it refuses a COMMIT.  SQLAlchemy considers the
+    # transaction ended, and would check in the connection with the transaction still open.
+
     def commit_psycopg(dbapi_connection: PoolProxiedConnection) -> None:
-        raise_if_aborted_psycopg(dbapi_connection.driver_connection)
+        if (refusal := error_of_aborted_psycopg(dbapi_connection.driver_connection)) is not None:
+            do_rollback(dbapi_connection)
+            raise refusal
         do_commit(dbapi_connection)
 
     def commit_mysql(dbapi_connection: PoolProxiedConnection) -> None:
         if (error := _error_of_commit(dbapi_connection, lambda: _first_row(dbapi_connection))) is not None:
+            rollback_mysql(dbapi_connection)
             raise error
         do_commit(dbapi_connection)
 
