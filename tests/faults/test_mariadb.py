@@ -382,8 +382,8 @@ async def test_handled_lock_wait_timeout_fails_the_commit_if_the_server_rolls_ba
     ctxalchemy: ModuleType, schema: MariaDBSchema, db: Any, other_db: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server is one with ``innodb_rollback_on_timeout``, which can only be set when a server starts."""
-    drivers = sys.modules["ctxalchemy._sqlalchemy.drivers"]
-    monkeypatch.setattr(drivers, "ROLLBACK_ON_TIMEOUT", "SELECT 'innodb_rollback_on_timeout', 'ON'")
+    guard = sys.modules["ctxalchemy._sqlalchemy.guard"]
+    monkeypatch.setattr(guard, "ROLLBACK_ON_TIMEOUT", "SELECT 'innodb_rollback_on_timeout', 'ON'")
 
     async def work() -> None:
         await add_note(await ctxalchemy.db_session(other_db), "other")

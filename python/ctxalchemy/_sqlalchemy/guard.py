@@ -18,9 +18,9 @@ from sqlalchemy import Connection, Engine, PoolProxiedConnection, event
 from sqlalchemy.exc import InvalidRequestError, OperationalError
 
 from .._errors import see
-from . import drivers
-from .cursors import guard_cursors, is_fetching
+from .cursors import guard_cursors
 from .drivers import (
+    ROLLBACK_ON_TIMEOUT,
     cancel_abandoned_statement,
     cancel_statement,
     check_asyncpg_commits,
@@ -41,8 +41,6 @@ if TYPE_CHECKING:
     from sqlalchemy.pool import ConnectionPoolEntry, ManagesConnection
 
 _KEY = "ctxalchemy"
-IN_USE_TIMEOUT = 1.0
-"""Seconds for which a commit waits until another task has executed its statement."""
 _TERMINATE_TIMEOUT = 4.0
 """Seconds for another task to terminate a connection: twice as long as SQLAlchemy waits for asyncpg to close one."""
 
@@ -168,7 +166,7 @@ def _error_of_commit(proxied: PoolProxiedConnection, ask: Callable[[], Sequence[
 def _first_row(proxied: PoolProxiedConnection) -> Sequence[Any] | None:
     cursor = proxied.cursor()
     try:
-        cursor.execute(drivers.ROLLBACK_ON_TIMEOUT)
+        cursor.execute(ROLLBACK_ON_TIMEOUT)
         row: Sequence[Any] | None = cursor.fetchone()
         return row
     finally:
@@ -236,7 +234,7 @@ def raise_if_aborted(connection: Connection) -> None:
     raise_if_terminated(connection)
     proxied = connection.connection
     if connection.dialect.name != "postgresql":
-        error = _error_of_commit(proxied, lambda: connection.exec_driver_sql(drivers.ROLLBACK_ON_TIMEOUT).first())
+        error = _error_of_commit(proxied, lambda: connection.exec_driver_sql(ROLLBACK_ON_TIMEOUT).first())
         if error is not None:
             raise OperationalError("COMMIT", None, error)
         return
@@ -258,24 +256,6 @@ def raise_if_terminated(connection: Connection) -> None:
             "this transaction cannot be committed: its connection was closed while the transaction was open"
             + see("what-happens-when.md")
         )
-
-
-def is_in_use(connection: Connection) -> bool:
-    """Return whether a task is executing a statement on the connection, or fetching its rows, or waiting to execute."""
-    return drivers.is_in_use(connection) or is_fetching(connection)
-
-
-def wait_while_in_use(connection: Connection) -> bool:
-    """Wait until no other task is executing a statement on the connection, and return whether this is so.
-
-    The wait ends after one second.
-    """
-    deadline = monotonic() + IN_USE_TIMEOUT
-    while not connection.closed and not connection.invalidated and is_in_use(connection):
-        if monotonic() > deadline:
-            return False
-        await_only(asyncio.sleep(0.002))
-    return True
 
 
 def wait_until_terminated(connection: Connection) -> None:

@@ -21,15 +21,8 @@ from .._errors import closed_context
 from .._shield import Cleanup, add_note, raise_all
 from .drivers import is_refusal, reports_in_use
 from .gate import Gate
-from .guard import (
-    IN_USE_TIMEOUT,
-    invalidate,
-    is_in_use,
-    raise_if_aborted,
-    wait_until_terminated,
-    wait_while_in_use,
-)
-from .in_use import in_use_error, warn_in_use
+from .guard import invalidate, raise_if_aborted, wait_until_terminated
+from .in_use import IN_USE_TIMEOUT, in_use_error, is_in_use, wait_while_in_use, warn_in_use
 from .internals import (
     await_only,
     close_idle,
