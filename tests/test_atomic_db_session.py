@@ -60,7 +60,7 @@ async def test_cancellation_rolls_the_block_back(ctxalchemy: ModuleType, schema:
             await task
         assert await checked_out(db) == 0
     assert await schema.notes() == []
-    assert await schema.settled()
+    assert await schema.has_no_open_transaction()
 
 
 async def test_failed_commit_rolls_the_block_back_and_propagates(

@@ -47,7 +47,7 @@ async def test_cancelled_request_is_rolled_back_and_the_next_request_succeeds(
     with pytest.raises(asyncio.CancelledError):
         await request
     assert await checked_out(db) == 0
-    assert await schema.settled()
+    assert await schema.has_no_open_transaction()
     served = True
     assert (await call(app))[0]["status"] == 200
     assert await schema.notes() == committed

@@ -79,7 +79,7 @@ async def test_context_is_rolled_back_and_closed_when_the_work_is_cancelled(
         await task
     assert await checked_out(db) == 0
     assert await schema.notes() == []
-    assert await schema.settled()
+    assert await schema.has_no_open_transaction()
 
 
 @both_forms

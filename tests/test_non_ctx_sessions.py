@@ -62,7 +62,7 @@ async def test_cancellation_rolls_back(ctxalchemy: ModuleType, schema: Schema, d
         await task
     assert await checked_out(db) == 0
     assert await schema.notes() == []
-    assert await schema.settled()
+    assert await schema.has_no_open_transaction()
 
 
 async def test_exception_of_a_failed_commit_is_raised(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:

@@ -175,4 +175,4 @@ async def test_database_can_be_used_in_many_event_loops_at_once(ctxalchemy: Modu
         expected = {f"{n} {turn} {each}" for n in range(THREADS) for turn in range(rounds) for each in range(tasks)}
         expected |= {f"{number} after the closing" for number in range(THREADS)}
         assert set(await schema.notes()) == expected
-        assert await schema.settled()
+        assert await schema.has_no_open_transaction()

@@ -149,9 +149,7 @@ class _Response:
                 # The application caught the failed commit.  It may still send an error, but not a success.
                 self._raise_failure(self.failure)
             else:
-                # A response without a length is a stream: its body may begin to read the database during the commit.
-                streaming = b"content-length" not in dict(message.get("headers", ()))
-                await _complete.commit_all(self._store, self._middleware.before_commit, streaming)
+                await _complete.commit_all(self._store, self._middleware.before_commit, _is_stream(message))
         except BaseException as error:
             self.failure = self.failure or error
             raise
@@ -199,6 +197,17 @@ class _WebSocket:
         if message["type"] == "websocket.accept":
             self.accepted = True
         return self._send(message)
+
+
+def _is_stream(message: Message) -> bool:
+    """Return whether a response has no length: its body may begin to read the database during the commit."""
+    headers = message.get("headers", ())
+    # An iterator must not be consumed here.
+    if isinstance(headers, (list, tuple)):
+        for header in headers:
+            if header[0] == b"content-length":
+                return False
+    return True
 
 
 def is_success(status: int) -> bool:

@@ -93,7 +93,7 @@ async def test_client_receives_the_response_while_the_background_task_runs(
         assert (response.status_code, response.content) == (200, b"done")
         await gate.reached()
         assert await checked_out(db) == 0
-        assert await schema.settled()
+        assert await schema.has_no_open_transaction()
         await assert_serves(ctxalchemy, db)
         gate.open()
         assert await witness.error() is None
@@ -231,7 +231,7 @@ async def test_cancelled_background_task_rolls_back_only_its_own_writes(
             return
         assert await checked_out(db_per_driver) == 0
     # The server detects that the client is gone only after the COMMIT, so the COMMIT may have succeeded.
-    assert await schema.settled()
+    assert await schema.has_no_open_transaction()
     await assert_whole(ctxalchemy, schema, db_per_driver, notes=["promised", *(await schema.notes())[1:]])
 
 
@@ -497,7 +497,7 @@ async def test_idle_stream_has_no_connection_checked_out(
         for gate in gates:
             await gate.reached()
             assert await checked_out(db) == 0
-            assert await schema.settled()
+            assert await schema.has_no_open_transaction()
             await assert_serves(ctxalchemy, db)
             await schema.observer.execute("DELETE FROM note WHERE name LIKE 'next%'")
             gate.open()

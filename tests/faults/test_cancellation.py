@@ -490,7 +490,7 @@ async def assert_nothing_open(world: World, shape: Shape, run: Run) -> None:
     left = [await checked_out(db) for db in world.databases]
     assert not any(left)
     assert world.context_restored
-    assert await world.schema.settled()
+    assert await world.schema.has_no_open_transaction()
     notes = await world.schema.notes()
     for note in shape.notes:
         name, number = note.replace("slow", "first").split()
@@ -631,7 +631,7 @@ async def test_cancellation_during_the_second_commit_notes_that_one_session_is_c
             await request
         messages = messages_of(caught.value)
     assert "1 session(s) had been committed" in messages
-    assert await schema.settled()
+    assert await schema.has_no_open_transaction()
     assert await schema.notes() in (["first"], ["first", "slow second"])
     await assert_whole(ctxalchemy, schema, db, other_db, third_db, notes=await schema.notes())
 
@@ -696,6 +696,6 @@ async def test_server_ends_a_statement_whose_connection_was_terminated(ctxalchem
         for task in asyncio.all_tasks() - tasks_before | {request}:
             task.cancel()
     assert request.cancelled()
-    assert await schema.settled()
+    assert await schema.has_no_open_transaction()
     await assert_whole(ctxalchemy, schema, db, notes=[])
     await db.close()

@@ -581,7 +581,7 @@ async def test_request_that_ends_at_any_loop_iteration_of_a_task_leaves_nothing_
     case = SessionInUse(ctxalchemy, db, start, end)
     (outcome,) = await case()
     error = await case.witness.error()
-    assert await schema.settled()
+    assert await schema.has_no_open_transaction()
     if end == "200" and error is None:
         assert case.witness.statuses == [200]
         assert await schema.notes() == [] or outcome is None
@@ -622,7 +622,7 @@ async def test_request_that_ends_while_a_task_commits_or_rolls_back_leaves_nothi
             assert case.witness.statuses in ([int(end)], [])
         else:
             await case.assert_ended()
-        assert await schema.settled()
+        assert await schema.has_no_open_transaction()
         notes = await schema.notes()
         assert notes == [] or what == "COMMIT"
         await assert_whole(ctxalchemy, schema, db, notes=notes)

@@ -37,7 +37,7 @@ class Observed(Protocol):
         """Return the committed notes."""
         ...
 
-    async def settled(self) -> bool:
+    async def has_no_open_transaction(self) -> bool:
         """Wait a short time until no transaction is open; return whether none is."""
         ...
 
@@ -57,7 +57,7 @@ async def assert_whole(
     assert not gc.isenabled(), "the garbage collector must be disabled: it could hide a leak"
     assert ctxalchemy.is_context_initiated() is in_context
     assert [await checked_out(db) for db in databases] == [0] * len(databases)
-    assert await schema.settled()
+    assert await schema.has_no_open_transaction()
     assert Counter(await schema.notes()) == Counter(notes)
     if not in_context:
         await assert_serves(ctxalchemy, *databases)
@@ -367,7 +367,7 @@ class SQLiteFile:
     async def notes(self) -> list[str]:
         return await asyncio.to_thread(self._run)
 
-    async def settled(self) -> bool:
+    async def has_no_open_transaction(self) -> bool:
         """Wait a short time for an exclusive lock; return whether it was available, so no transaction writes."""
         import sqlite3
 

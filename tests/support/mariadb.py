@@ -86,7 +86,7 @@ class MariaDBSchema:
         """Whether soon a transaction waits for a lock in this database."""
         return await eventually(lambda: self._transactions("LOCK WAIT"))
 
-    async def settled(self) -> bool:
+    async def has_no_open_transaction(self) -> bool:
         """Whether soon no connection that uses this database is in a transaction."""
 
         async def no_transaction() -> bool:

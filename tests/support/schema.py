@@ -126,7 +126,7 @@ class Schema:
         )
         return len(rows)
 
-    async def settled(self, patience: float = 5.0) -> bool:
+    async def has_no_open_transaction(self, patience: float = 5.0) -> bool:
         """Wait until no server process is in a transaction; return whether none is.
 
         The server detects a terminated connection only after a delay.

@@ -346,7 +346,7 @@ class Soak:
                 self.happened[f"raised {type(plan.error).__name__}"] += 1
         for db in self._databases:
             assert await checked_out(db) == 0, f"{where}: a connection is still checked out"
-        if not await self._schema.settled():
+        if not await self._schema.has_no_open_transaction():
             raise AssertionError(f"{where}: a transaction is still open: {await self._schema.activity()}")
         notes = set(await self._schema.notes())
         assert must <= notes, f"{where}: not committed: {self._describe(must - notes)}"
