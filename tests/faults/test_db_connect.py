@@ -253,7 +253,7 @@ async def test_creating_the_first_session_can_be_cancelled_at_any_suspension_poi
     async def before() -> None:
         await schema.observer.execute("DELETE FROM note")
         await db.close()
-        db._host = OLD
+        db.host = OLD
 
     async def request() -> None:
         async with ctxalchemy.new_ctx():
