@@ -112,7 +112,7 @@ def _note_failure(state: _State, proxied: PoolProxiedConnection, error: BaseExce
 def _check_commits(engine: AsyncEngine) -> None:
     """Let each commit on this engine raise if the database would not commit, whoever calls it.
 
-    Each driver needs its own way.  None of them takes a round trip.
+    Each driver needs its own way.  None of them takes a round trip, except after a lock wait timeout of MySQL.
     """
     dialect = engine.dialect
     do_commit, do_rollback = dialect.do_commit, dialect.do_rollback
