@@ -75,7 +75,16 @@ async def commit_all(
     committed: list[DBConnect] = []
     failed: list[DBConnect] = []
     try:
-        while batch := await _prepare(store, seen, before_commit):
+        while batch := _begun(store, seen):
+            if before_commit is not None:
+                for _, session in batch:
+                    await before_commit(session)
+                    # The hook may begin further sessions.
+                    batch += _begun(store, seen)
+            # What can fail early fails before the first commit.
+            if len(batch) > 1:
+                for _, session in batch:
+                    await flush_session(session)
             for database, session in batch:
                 if session.in_transaction():
                     failed = [database]
@@ -89,7 +98,7 @@ async def commit_all(
         if isinstance(failure, PartlyCommittedError):
             committed += failed
             error = _cause(failure)
-        begun = list(_begun(store, {}))
+        begun = _begun(store, {})
         failed += [database for database, _ in begun if database not in failed]
         partial = PartialCommitError(committed, failed) if committed else None
         try:
@@ -137,7 +146,7 @@ async def roll_back_all(store: SessionStore) -> None:
     """Roll back all sessions that are in a transaction, even if some of the rollbacks fail."""
     if _logging.logged_contexts:
         _logging.log_context(store, "rolling back")
-    await rollbacks.run((session for _, session in _begun(store, {})), "rolled back")
+    await rollbacks.run(_each_begun(store), "rolled back")
 
 
 def close_without_io(items: Items) -> list[AsyncSession]:
@@ -159,28 +168,19 @@ async def abort(store: SessionStore, error: BaseException) -> None:
         await closings.run_after(error, sessions)
 
 
-async def _prepare(
-    store: SessionStore, seen: dict[int, AsyncSession], before_commit: BeforeCommitCallback | None
-) -> Items:
-    """Run the hooks, then flush if there are several sessions: what can fail early fails before the first commit."""
-    batch = []
-    for database, session in _begun(store, seen):
-        if before_commit is not None:
-            await before_commit(session)
-        batch.append((database, session))
-    if len(batch) > 1:
-        for _, session in batch:
-            await flush_session(session)
-    return batch
-
-
-def _begun(store: SessionStore, seen: dict[int, AsyncSession]) -> Iterator[tuple[DBConnect, AsyncSession]]:
+def _each_begun(store: SessionStore) -> Iterator[AsyncSession]:
     """Yield each session that is in a transaction once, even if the context changes during the iteration."""
-    found = True
-    while found:
-        found = False
-        for database, session in store.items():
-            if id(session) not in seen and session.in_transaction():
-                found = True
-                seen[id(session)] = session
-                yield database, session
+    seen: dict[int, AsyncSession] = {}
+    while begun := _begun(store, seen):
+        for _, session in begun:
+            yield session
+
+
+def _begun(store: SessionStore, seen: dict[int, AsyncSession]) -> Items:
+    """Return the sessions that are in a transaction, except those in ``seen``, and add them to ``seen``."""
+    begun = []
+    for database, session in store.items():
+        if id(session) not in seen and session.in_transaction():
+            seen[id(session)] = session
+            begun.append((database, session))
+    return begun

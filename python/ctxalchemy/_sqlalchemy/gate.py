@@ -21,7 +21,7 @@ _KEY = "ctxalchemy: closed gate"
 
 
 class Gate:
-    """A gate in front of the statements of other tasks on one session.  It is open at first.
+    """A closed gate in front of the statements of other tasks on one session.
 
     Args:
         session: the session.
@@ -31,28 +31,21 @@ class Gate:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self.opened: asyncio.Event | None = None
-        self.task: asyncio.Task[object] | None = None
-
-    def close(self) -> None:
-        """Let the statements of other tasks wait from now on."""
-        if self.opened is None:
-            self.opened = asyncio.Event()
-            self.task = asyncio.current_task()
-            self._session.info[_KEY] = self
-            # The listener stays: a task that waits in it is iterating over the listeners.
-            if not event.contains(self._session, "do_orm_execute", _wait_for_commit):
-                event.listen(self._session, "do_orm_execute", _wait_for_commit)
+        self.opened = asyncio.Event()
+        self.task = asyncio.current_task()
+        session.info[_KEY] = self
+        # The listener stays: a task that waits in it is iterating over the listeners.
+        if not event.contains(session, "do_orm_execute", _wait_for_commit):
+            event.listen(session, "do_orm_execute", _wait_for_commit)
 
     def open(self) -> None:
         """Let the statements of other tasks go on."""
-        if self.opened is not None:
-            self._session.info.pop(_KEY, None)
-            self.opened.set()
+        self._session.info.pop(_KEY, None)
+        self.opened.set()
 
 
 def _wait_for_commit(state: ORMExecuteState) -> None:
     gate: Gate | None = state.session.info.get(_KEY)
     # A listener of the application may execute a statement during the commit itself.
-    if gate is not None and gate.opened is not None and asyncio.current_task() is not gate.task and in_greenlet():
+    if gate is not None and asyncio.current_task() is not gate.task and in_greenlet():
         await_only(gate.opened.wait())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.exc import InvalidRequestError
@@ -14,7 +13,6 @@ from .._errors import see
 from .._logging import logger, task_name
 from . import drivers
 from .cursors import is_fetching
-from .internals import await_only
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -30,19 +28,6 @@ IN_USE_TIMEOUT = 1.0
 def is_in_use(connection: Connection) -> bool:
     """Return whether a task is executing a statement on the connection, or fetching its rows, or waiting to execute."""
     return drivers.is_in_use(connection) or is_fetching(connection)
-
-
-def wait_while_in_use(connection: Connection) -> bool:
-    """Wait until no other task is executing a statement on the connection, and return whether this is so.
-
-    The wait ends after one second.
-    """
-    deadline = monotonic() + IN_USE_TIMEOUT
-    while not connection.closed and not connection.invalidated and is_in_use(connection):
-        if monotonic() > deadline:
-            return False
-        await_only(asyncio.sleep(0.002))
-    return True
 
 
 def warn_in_use(session: Session) -> None:

@@ -22,7 +22,7 @@ from .._shield import Cleanup, add_note, raise_all
 from .drivers import is_refusal, reports_in_use
 from .gate import Gate
 from .guard import invalidate, raise_if_aborted, wait_until_terminated
-from .in_use import IN_USE_TIMEOUT, in_use_error, is_in_use, wait_while_in_use, warn_in_use
+from .in_use import IN_USE_TIMEOUT, in_use_error, is_in_use, warn_in_use
 from .internals import (
     await_only,
     close_idle,
@@ -50,7 +50,7 @@ class PartlyCommittedError(Exception):
 
 async def flush_session(session: AsyncSession) -> None:
     """Do the part of a commit that can fail before anything is committed."""
-    await greenlet_spawn(_flush, session)
+    await greenlet_spawn(_when_free, session, _prepare)
 
 
 async def commit_session(session: AsyncSession, streaming: bool = False) -> None:
@@ -60,7 +60,7 @@ async def commit_session(session: AsyncSession, streaming: bool = False) -> None
         session: the session.
         streaming: other tasks may begin to use the session during the commit.
     """
-    await greenlet_spawn(_commit, session, streaming)
+    await greenlet_spawn(_when_free, session, _commit, streaming)
 
 
 async def rollback_session(session: AsyncSession) -> None:
@@ -114,39 +114,63 @@ async def closing(session: AsyncSession) -> AsyncIterator[None]:
 # --- inside the greenlet -----------------------------------------------------------------------------
 
 
-def _flush(session: AsyncSession) -> None:
-    if not _is_async_session(session):
-        _call(session, "flush")
-        return
-    gate = Gate(session.sync_session)
+def _when_free(session: AsyncSession, operation: Callable[[AsyncSession], bool], streaming: bool = False) -> None:
+    """Flush or commit.  While another task is using the session, try again for up to one second.
+
+    Args:
+        session: the session.
+        operation: returns False if another task is using the session.
+        streaming: let the statements of other tasks wait from the start.
+    """
+    gate = Gate(session.sync_session) if streaming and _is_async_session(session) else None
+    deadline = None
     try:
-        _when_free(session, gate, lambda: _call(session, "flush"))
-        _check_connections(session, gate)
+        while not operation(session):
+            gate = gate or Gate(session.sync_session)
+            deadline = deadline or monotonic() + IN_USE_TIMEOUT
+            if monotonic() > deadline:
+                raise in_use_error(session.sync_session)
+            await_only(asyncio.sleep(0.002))
     finally:
-        gate.open()
+        if gate is not None:
+            gate.open()
 
 
-def _commit(session: AsyncSession, streaming: bool) -> None:
+def _prepare(session: AsyncSession) -> bool:
+    if not _flush(session):
+        return False
+    return not _is_async_session(session) or _is_committable(connections_of(session.sync_session))
+
+
+def _flush(session: AsyncSession) -> bool:
+    try:
+        _call(session, "flush")
+    except InvalidRequestError as error:
+        if not is_concurrent_use(error) or _refuses_connections(session):
+            raise
+        return False
+    return True
+
+
+def _commit(session: AsyncSession) -> bool:
     if not _is_async_session(session):
         _call(session, "commit")
-        return
-    gate = Gate(session.sync_session)
-    if streaming:
-        gate.close()
+        return True
+    # If the flush fails, the state is known: SQLAlchemy has rolled back.
+    if not _flush(session):
+        return False
     try:
-        # If the flush fails, the state is known: SQLAlchemy has rolled back.
-        _when_free(session, gate, lambda: _call(session, "flush"))
-        _commit_flushed(session, gate)
-    finally:
-        gate.open()
-
-
-def _commit_flushed(session: AsyncSession, gate: Gate) -> None:
-    try:
-        _when_free(session, gate, lambda: _check_and_commit(session, gate))
+        connections = connections_of(session.sync_session)
+        if not _is_committable(connections):
+            return False
+        if len(connections) < 2:
+            _call(session, "commit")
+        else:
+            _commit_several(session, [connection for connection, is_own in connections if is_own])
     except BaseException as error:
-        if is_concurrent_use(error) and _refuses_connections(session):
-            return  # There is nothing to commit: another task is still waiting for the first connection.
+        if is_concurrent_use(error):
+            # If the connection is refused, there is nothing to commit: the other task still waits for the first one.
+            return _refuses_connections(session)
         if isinstance(error, DBAPIError) and is_refusal(error.orig):
             # The database has answered: the state of the connection is known, and the connection can be used again.
             try:
@@ -156,15 +180,25 @@ def _commit_flushed(session: AsyncSession, gate: Gate) -> None:
         else:
             _invalidate(session)
         raise
+    return True
 
 
-def _check_and_commit(session: AsyncSession, gate: Gate) -> None:
-    _check_connections(session, gate)
-    connections = _own_connections(session)
-    if len(connections) < 2:
-        _call(session, "commit")
-        return
-    # SQLAlchemy commits one connection after the other.
+def _is_committable(connections: list[tuple[Connection, bool]]) -> bool:
+    """Return False if another task is using a connection.
+
+    Raise if the commit would be a success to the driver, and not to the database.
+    """
+    for connection, _ in connections:
+        # The commit raises for an invalidated connection.
+        if not connection.invalidated:
+            if is_in_use(connection):
+                return False
+            raise_if_aborted(connection)
+    return True
+
+
+def _commit_several(session: AsyncSession, connections: list[Connection]) -> None:
+    """Commit a session that uses several engines.  SQLAlchemy commits one connection after the other."""
     begun: list[Connection] = []
     for connection in connections:
         event.listen(connection, "commit", lambda connection: begun.append(connection))
@@ -255,18 +289,6 @@ def _invalidate(session: AsyncSession, connections: Iterable[Connection] = ()) -
         raise_all(failures, "several connections could not be invalidated")
 
 
-def _check_connections(session: AsyncSession, gate: Gate) -> None:
-    """Raise if the commit would be a success to the driver, and not to the database."""
-    for connection, _ in connections_of(session.sync_session):
-        if connection.invalidated:
-            continue  # The commit raises.
-        if is_in_use(connection):
-            gate.close()
-            if not wait_while_in_use(connection):
-                raise in_use_error(session.sync_session)
-        raise_if_aborted(connection)
-
-
 def _refuse_connections(session: AsyncSession, error_for_waiting_task: Callable[[], Exception]) -> None:
     """Refuse the connection that another task is checking out for the session: the connection is invalidated."""
     sync_session = session.sync_session
@@ -296,19 +318,6 @@ def _call(session: AsyncSession, method: str) -> None:
         getattr(session.sync_session, method)()
     else:
         await_only(getattr(session, method)())
-
-
-def _when_free(session: AsyncSession, gate: Gate, operation: Callable[[], None]) -> None:
-    """Flush or commit.  Try again for up to one second while another task is checking out a connection."""
-    deadline = monotonic() + IN_USE_TIMEOUT
-    while True:
-        try:
-            return operation()
-        except InvalidRequestError as error:
-            if not is_concurrent_use(error) or _refuses_connections(session) or monotonic() > deadline:
-                raise
-        gate.close()
-        await_only(asyncio.sleep(0.002))
 
 
 def _own_connections(session: AsyncSession) -> list[Connection]:
