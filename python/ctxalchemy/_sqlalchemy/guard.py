@@ -230,15 +230,15 @@ def watch_commits(target: Connection | Engine) -> None:
 
 
 def raise_if_aborted(connection: Connection) -> None:
-    """Raise if the transaction of this connection can no longer be committed."""
-    raise_if_terminated(connection)
+    """Raise if the transaction of this connection, which is not invalidated, can no longer be committed."""
     proxied = connection.connection
+    state = _state(proxied)
+    _raise_if_terminated(connection, state)
     if connection.dialect.name != "postgresql":
         error = _error_of_commit(proxied, lambda: connection.exec_driver_sql(ROLLBACK_ON_TIMEOUT).first())
         if error is not None:
             raise OperationalError("COMMIT", None, error)
         return
-    state = _state(proxied)
     if state is None or (state.failed is not None and state.failed() is proxied):
         # In an aborted transaction, any statement but ROLLBACK fails.  Only the server knows whether the transaction is
         # aborted: a savepoint may have handled the error.
@@ -247,9 +247,11 @@ def raise_if_aborted(connection: Connection) -> None:
 
 def raise_if_terminated(connection: Connection) -> None:
     """Raise if the connection was terminated during the transaction, which asyncpg does not report at COMMIT."""
-    if connection.invalidated:
-        return
-    state = _state(connection.connection)
+    if not connection.invalidated:
+        _raise_if_terminated(connection, _state(connection.connection))
+
+
+def _raise_if_terminated(connection: Connection, state: _State | None) -> None:
     if state is not None and (state.invalidated or not _is_pooled(state, connection)):
         wait_until_terminated(connection)
         raise InvalidRequestError(
