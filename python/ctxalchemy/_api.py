@@ -16,7 +16,7 @@ from ._db_connect import DBConnect
 from ._errors import closed_context, no_context, see
 from ._sqlalchemy.session import close_session, closing, rollback_session
 
-CurrentTransaction = Literal["commit", "rollback", "append", "raise"]
+CurrentTransaction = Literal["commit", "rollback", "append", "raise", "savepoint"]
 
 
 def atomic_db_session(
@@ -31,11 +31,14 @@ def atomic_db_session(
         current_transaction: what to do with a transaction that is already open:
             ``"commit"``: commit it first; ``"rollback"``: roll it back first;
             ``"append"``: run the block in it, and commit it at the end of the block;
-            ``"raise"``: raise an error.
+            ``"raise"``: raise an error;
+            ``"savepoint"``: run the block in a savepoint of it.  The savepoint is released at the end of the block.  If
+            the block ends early, only the block is rolled back.  The open transaction goes on in both cases.
 
     Raises:
         ValueError: ``current_transaction`` is none of these values.
-        sqlalchemy.exc.InvalidRequestError: a transaction is open, and ``current_transaction`` is ``"raise"``.
+        sqlalchemy.exc.InvalidRequestError: a transaction is open, and ``current_transaction`` is ``"raise"``.  Or two
+            tasks ran blocks with savepoints on the session at the same time.
         ContextNotInitiatedError: no context is open.
 
     Example:
@@ -63,7 +66,8 @@ async def _atomic_db_session(
                 "a transaction is already open on this session: commit or roll it back first, or pass a "
                 "current_transaction other than 'raise'" + see("guides/transactions.md#a-block-that-is-a-transaction")
             )
-    async with _complete.atomic(connect, session):
+    is_nested = current_transaction == "savepoint" and session.in_transaction()
+    async with _complete.nested(session) if is_nested else _complete.atomic(connect, session):
         yield session
 
 

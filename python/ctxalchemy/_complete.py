@@ -12,11 +12,14 @@ from . import _logging
 from ._errors import see
 from ._sqlalchemy.session import (
     PartlyCommittedError,
+    begin_savepoint,
     close_session_without_io,
     closings,
     commit_session,
     flush_session,
+    release_savepoint,
     rollbacks,
+    savepoint_rollbacks,
 )
 
 if TYPE_CHECKING:
@@ -135,6 +138,18 @@ async def atomic(database: DBConnect, session: AsyncSession) -> AsyncIterator[No
     except BaseException as error:
         if session.in_transaction():
             await rollbacks.run_after(error, [session])
+        raise
+
+
+@asynccontextmanager
+async def nested(session: AsyncSession) -> AsyncIterator[None]:
+    """Run a block in a savepoint: released at the end, rolled back to if the block ends early."""
+    savepoint = await begin_savepoint(session)
+    try:
+        yield
+        await release_savepoint(savepoint)
+    except BaseException as error:
+        await savepoint_rollbacks.run_after(error, [savepoint])
         raise
 
 

@@ -10,7 +10,7 @@ import asyncio
 import gc
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -334,6 +334,21 @@ async def uses_atomic_db_session(world: World) -> None:
             await add_note(session, "first 3")
 
 
+@shape(notes=("first 1", "slow 1"))
+async def uses_savepoints(world: World) -> None:
+    async def endpoint() -> Answer:
+        await world.add("first 1")
+        async with world.ctxalchemy.atomic_db_session(world.first, "savepoint"):
+            await world.add("slow 1")
+        with suppress(KeyError):
+            async with world.ctxalchemy.atomic_db_session(world.first, "savepoint"):
+                await world.add("undone")
+                raise KeyError
+        return Answer()
+
+    await world.serve(endpoint)
+
+
 @shape(status=None)
 async def uses_new_non_ctx_atomic_session(world: World) -> None:
     async with world.ctxalchemy.new_non_ctx_atomic_session(world.first) as session:
@@ -530,6 +545,7 @@ OVER_PSYCOPG = (
     "executes_a_slow_statement",
     "commits_slowly",
     "uses_two_databases",
+    "uses_savepoints",
 )
 
 

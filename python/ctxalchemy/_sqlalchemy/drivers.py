@@ -161,6 +161,19 @@ def error_of_aborted_psycopg(driver_connection: Any) -> BaseException | None:
     return InFailedSqlTransaction("current transaction is aborted, and COMMIT would roll it back")
 
 
+# --- savepoints --------------------------------------------------------------------------------------
+
+
+def must_begin_before_savepoint(connection: Connection) -> bool:
+    """Return whether the driver has not begun a transaction on SQLite, as it does only before the first write.
+
+    It does not begin one before SAVEPOINT, which would then be the transaction itself.
+    """
+    driver_connection: Any = connection.connection.driver_connection
+    # In autocommit mode, the isolation level is None.
+    return driver_connection.isolation_level is not None and not driver_connection.in_transaction
+
+
 # --- cancelling --------------------------------------------------------------------------------------
 
 

@@ -30,6 +30,7 @@ from .drivers import (
     is_executing,
     is_refusal,
     may_end_transaction,
+    must_begin_before_savepoint,
 )
 from .internals import await_only, in_greenlet
 
@@ -80,6 +81,7 @@ def watch(engine: AsyncEngine) -> None:
         event.listen(engine.sync_engine, "handle_error", _on_error)
         _note_failures(engine.dialect)
         _check_commits(engine)
+        _begin_before_savepoints(engine.dialect)
         guard_cursors(engine.dialect)
 
 
@@ -146,6 +148,22 @@ def _check_commits(engine: AsyncEngine) -> None:
         dialect.do_rollback = rollback_mysql  # type: ignore[method-assign]
 
 
+def _begin_before_savepoints(dialect: Dialect) -> None:
+    """Let a savepoint on SQLite be one in a transaction: otherwise its RELEASE would commit.
+
+    A listener for savepoints would slow down every statement.
+    """
+    do_savepoint = dialect.do_savepoint
+
+    def begin_and_savepoint(connection: Connection, name: str) -> None:
+        if must_begin_before_savepoint(connection):
+            connection.exec_driver_sql("BEGIN")
+        do_savepoint(connection, name)
+
+    if dialect.name == "sqlite":
+        dialect.do_savepoint = begin_and_savepoint  # type: ignore[method-assign]
+
+
 def _error_of_commit(proxied: PoolProxiedConnection, ask: Callable[[], Sequence[Any] | None]) -> BaseException | None:
     """Return the error of a commit of this transaction if the database has rolled back the transaction.
 
@@ -161,6 +179,11 @@ def _error_of_commit(proxied: PoolProxiedConnection, ask: Callable[[], Sequence[
         row = ask()
         ended.is_certain = row is not None and row[1] == "ON"
     return error_of_commit(ended.error_class, ended.arguments) if ended.is_certain else None
+
+
+def is_rolled_back(connection: Connection) -> bool:
+    """Return whether the database has rolled back the open transaction by itself, so that each commit of it raises."""
+    return not connection.invalidated and _error_of_commit(connection.connection, lambda: None) is not None
 
 
 def _first_row(proxied: PoolProxiedConnection) -> Sequence[Any] | None:

@@ -1,4 +1,4 @@
-"""Commit, roll back and close one session.
+"""Commit, roll back and close one session, and run a block of it in a savepoint.
 
 Each operation runs in one greenlet.  In it, a method of ``AsyncSession`` is called directly on the synchronous
 session.  A method that a subclass overrides or a test has patched is awaited.  Other objects, such as test doubles, are
@@ -10,18 +10,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import event
 from sqlalchemy.exc import DBAPIError, IllegalStateChangeError, InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from .._errors import closed_context
+from .._errors import closed_context, see
 from .._shield import Cleanup, add_note, raise_all
 from .drivers import is_refusal, reports_in_use
 from .gate import Gate
-from .guard import invalidate, raise_if_aborted, wait_until_terminated
+from .guard import invalidate, is_rolled_back, raise_if_aborted, wait_until_terminated
 from .in_use import IN_USE_TIMEOUT, in_use_error, is_in_use, warn_in_use
 from .internals import (
     await_only,
@@ -111,11 +112,75 @@ async def closing(session: AsyncSession) -> AsyncIterator[None]:
         await close_session(session)
 
 
+@dataclass(frozen=True, slots=True)
+class Savepoint:
+    """A savepoint in the open transaction of a session.
+
+    The application may end the outer transaction meanwhile, which ends the savepoint too.
+    """
+
+    session: AsyncSession
+    transaction: Any
+    """The nested transaction: a ``SessionTransaction``, or what ``begin_nested`` of a test double returned."""
+    outer: SessionTransaction | None
+    """The outer transaction, or None for a test double."""
+
+    @property
+    def is_outer_open(self) -> bool:
+        """Return whether the outer transaction is still open."""
+        return self.outer is None or self.session.sync_session.get_transaction() is self.outer
+
+    @property
+    def is_open(self) -> bool:
+        """Return whether the savepoint can be released or rolled back to."""
+        each = self.session.sync_session.get_nested_transaction()
+        while each is not None and each is not self.transaction:
+            each = each.parent
+        return each is not None
+
+    @property
+    def is_innermost(self) -> bool:
+        """Return whether the savepoint contains no other savepoint that is open."""
+        return self.session.sync_session.get_nested_transaction() is self.transaction
+
+
+async def begin_savepoint(session: AsyncSession) -> Savepoint:
+    """Begin a savepoint in the open transaction of the session."""
+    if not _is_async_session(session):
+        return Savepoint(session, await session.begin_nested(), None)
+    return await greenlet_spawn(_begin_savepoint, session)
+
+
+async def release_savepoint(savepoint: Savepoint) -> None:
+    """Release the savepoint.  If the outer transaction has ended, nothing is done."""
+    if savepoint.outer is None:
+        await savepoint.transaction.commit()
+    elif savepoint.is_outer_open:
+        await greenlet_spawn(_release, savepoint)
+
+
+async def rollback_to_savepoint(savepoint: Savepoint) -> None:
+    """Roll back to the savepoint.  If that fails, the outer transaction cannot be committed.
+
+    If the outer transaction has ended, the open transaction was begun in the block, and is rolled back.
+    """
+    session = savepoint.session
+    if savepoint.outer is None:
+        await savepoint.transaction.rollback()
+    elif savepoint.is_outer_open:
+        await greenlet_spawn(_roll_back_to, savepoint)
+    elif session.in_transaction():
+        await rollback_session(session)
+
+
+savepoint_rollbacks = Cleanup(rollback_to_savepoint, lambda savepoint: terminate_session(savepoint.session))
+
+
 # --- inside the greenlet -----------------------------------------------------------------------------
 
 
 def _when_free(session: AsyncSession, operation: Callable[[AsyncSession], bool], streaming: bool = False) -> None:
-    """Flush or commit.  While another task is using the session, try again for up to one second.
+    """Run the operation.  While another task is using the session, try again for up to one second.
 
     Args:
         session: the session.
@@ -143,8 +208,13 @@ def _prepare(session: AsyncSession) -> bool:
 
 
 def _flush(session: AsyncSession) -> bool:
+    return _attempt(session, _call, session, "flush")
+
+
+def _attempt(session: AsyncSession, operation: Callable[..., object], *arguments: object) -> bool:
+    """Return False if SQLAlchemy refuses the operation because another task is using the session."""
     try:
-        _call(session, "flush")
+        operation(*arguments)
     except InvalidRequestError as error:
         if not is_concurrent_use(error) or _refuses_connections(session):
             raise
@@ -229,6 +299,63 @@ def _close(session: AsyncSession) -> None:
             _end(session, "rollback", closed_context)
     finally:
         _end(session, "close", closed_context)
+
+
+def _begin_savepoint(session: AsyncSession) -> Savepoint:
+    begun: list[SessionTransaction] = []
+    sync_session = session.sync_session
+    _when_free(session, lambda _: _attempt(session, lambda: begun.append(sync_session.begin_nested())))
+    return Savepoint(session, begun[0], sync_session.get_transaction())
+
+
+def _release(savepoint: Savepoint) -> None:
+    session = savepoint.session
+    if not savepoint.is_open:
+        raise _savepoint_error("was released or rolled back before the end of its block")
+    if not savepoint.is_innermost:
+        raise _savepoint_error("contains another savepoint that is still open at the end of its block")
+    _when_free(session, _flush)
+    for connection, _ in connections_of(session.sync_session):
+        # If RELEASE failed, SQLAlchemy would not roll back to the savepoint.
+        raise_if_aborted(connection)
+    try:
+        _when_free(session, lambda _: _attempt(session, savepoint.transaction.commit))
+    except BaseException as error:
+        if not is_concurrent_use(error) and not savepoint.transaction.is_active:
+            _refuse_commit(session)
+        raise
+
+
+def _roll_back_to(savepoint: Savepoint) -> None:
+    session = savepoint.session
+    if not savepoint.is_open:
+        # The work of the block is now a part of the outer transaction, and cannot be undone alone.
+        _refuse_commit(session)
+        return
+    try:
+        _when_free(session, lambda _: _attempt(session, savepoint.transaction.rollback))
+    except BaseException as error:
+        if is_concurrent_use(error):
+            # Another task still waits for the first connection, and all that the block has done is in the session.
+            session.sync_session.expunge_all()
+            _refuse_connections(session, _rolled_back)
+        _refuse_commit(session)
+        raise
+
+
+def _refuse_commit(session: AsyncSession) -> None:
+    """Let each commit of the open transaction raise: its connections are invalidated, and it stays open."""
+    for connection, _ in connections_of(session.sync_session):
+        if not is_rolled_back(connection):
+            wait_until_terminated(connection)
+            invalidate(connection)
+
+
+def _savepoint_error(what: str) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"the savepoint of this block {what}: do not run blocks with savepoints concurrently on one session, and end "
+        "each savepoint in the block that began it" + see("guides/transactions.md#undo-a-part-of-a-transaction")
+    )
 
 
 def _end(session: AsyncSession, method: str, error_for_waiting_task: Callable[[], Exception]) -> None:
