@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from sqlalchemy import make_url, text
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from .waiting import eventually
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from sqlalchemy import Row
+
+_UNKNOWN_THREAD = 1094
 
 
 class MariaDBSchema:
@@ -79,7 +82,11 @@ class MariaDBSchema:
         """Kill the connections that use this database, and return how many there were."""
         pids = await self.pids()
         for pid in pids:
-            await self.execute(f"KILL {pid}")
+            try:
+                await self.execute(f"KILL {pid}")
+            except OperationalError as error:
+                if error.orig is None or error.orig.args[0] != _UNKNOWN_THREAD:  # It has just been closed.
+                    raise
         return len(pids)
 
     async def waits_for_a_lock(self) -> bool:
