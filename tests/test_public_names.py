@@ -37,6 +37,7 @@ SIGNATURES = {
         "pop_db_session_from_context": "(connect)",
         "run_in_new_ctx": "(callable_func, *args, **kwargs)",
         "new_ctx": "()",
+        "in_new_ctx": "(callable_func=None, /, *, attempts=1)",
         "commit_all_sessions": "(before_commit=None)",
         "rollback_all_sessions": "()",
         "close_all_sessions": "()",

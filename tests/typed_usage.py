@@ -22,6 +22,7 @@ from ctxalchemy import (
     db_session,
     db_session_nowait,
     get_db_session_from_context,
+    in_new_ctx,
     init_db_session_ctx,
     is_context_initiated,
     new_ctx,
@@ -114,6 +115,33 @@ async def contexts() -> None:
     except PartialCommitError as error:
         assert_type(error.committed, tuple[DBConnect, ...])
         assert_type(error.failed, tuple[DBConnect, ...])
+
+
+@in_new_ctx
+async def job(number: int, *, name: str = "") -> list[str]:
+    return [name] * number
+
+
+class Service:
+    @in_new_ctx(attempts=3)
+    async def method(self, number: int) -> str:
+        return str(number)
+
+    @classmethod
+    @in_new_ctx
+    async def of_the_class(cls, number: int) -> str:
+        return str(number)
+
+
+async def decorated_functions() -> None:
+    assert_type(await job(2, name="x"), list[str])
+    assert_type(await Service().method(1), str)
+    assert_type(await Service.of_the_class(1), str)
+    assert_type(await in_new_ctx(job, attempts=2)(1), list[str])
+    await run_in_new_ctx(job, 2, name="x")
+    await job("2")  # type: ignore[arg-type]
+    await Service().method()  # type: ignore[call-arg]
+    in_new_ctx(len)  # type: ignore[arg-type]
 
 
 def applications() -> None:

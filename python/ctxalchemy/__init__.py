@@ -25,6 +25,7 @@ from ._errors import (
     ContextNotInitiatedError,
     SessionNotReadyError,
 )
+from ._in_new_ctx import in_new_ctx
 from ._middleware import ASGIHTTPDBSessionMiddleware
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "db_session",
     "db_session_nowait",
     "get_db_session_from_context",
+    "in_new_ctx",
     "init_db_session_ctx",
     "is_context_initiated",
     "new_ctx",

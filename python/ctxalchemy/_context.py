@@ -141,13 +141,18 @@ async def run_in_new_ctx(callable_func: Callable[P, Coroutine[Any, Any, T]], *ar
         ...     run_in_new_ctx(load_orders, since=yesterday),
         ... )
     """
+    return await run(callable_func, args, kwargs)
 
-    async def run() -> T:
+
+async def run(callable_func: Callable[..., Coroutine[Any, Any, T]], args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
+    """Do what ``run_in_new_ctx`` does.  The function may have parameters with any names."""
+
+    async def run_in_task() -> T:
         async with new_ctx():
             coroutine = callable_func(*args, **kwargs)
             if not hasattr(coroutine, "__await__"):
                 name = getattr(callable_func, "__qualname__", type(callable_func).__name__)
-                raise TypeError(f"run_in_new_ctx() takes an async function, and {name} is not async")
+                raise TypeError(f"run_in_new_ctx() and in_new_ctx take an async function, and {name} is not async")
             return await coroutine
 
-    return await asyncio.create_task(run())
+    return await asyncio.create_task(run_in_task())

@@ -13,6 +13,8 @@ from contextlib import suppress
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from sqlalchemy.exc import DBAPIError
+
 from .._errors import see
 from .internals import await_only, has_waiters, in_greenlet, statement_lock
 
@@ -22,7 +24,13 @@ if TYPE_CHECKING:
 CANCEL_TIMEOUT = 2.0
 """Seconds for the server to cancel a statement: as long as SQLAlchemy waits for asyncpg to close a connection."""
 
-_ENDS_TRANSACTION = frozenset({1020, 1206, 1213})
+_SERIALIZATION_FAILURES = frozenset({"40001", "40P01"})
+"""The SQLSTATE of a serialization failure, and of a deadlock, in PostgreSQL."""
+
+_DEADLOCK = 1213
+"""The error of a deadlock in MySQL and MariaDB."""
+
+_ENDS_TRANSACTION = frozenset({1020, 1206, _DEADLOCK})
 """The errors of MySQL and MariaDB after which InnoDB has rolled back the whole transaction.
 
 A row has changed since the snapshot (MariaDB with ``innodb_snapshot_isolation``), the lock table is full, a deadlock.
@@ -79,6 +87,18 @@ def is_refusal(error: BaseException | None) -> bool:
     number = _mysql_number(error)
     # The client library uses the numbers from 2000 to 2999.
     return number is not None and not 2000 <= number < 3000 and number not in _CONNECTION_ENDED
+
+
+def is_serialization_failure(error: BaseException) -> bool:
+    """Return whether the database refused the transaction because of another one: the same transaction may succeed now.
+
+    This is a serialization failure or a deadlock.  After such an error, nothing was committed.
+    """
+    if not isinstance(error, DBAPIError):
+        # asyncpg's own error: SQLAlchemy does not translate the errors of streamed results.
+        return getattr(error, "sqlstate", None) in _SERIALIZATION_FAILURES
+    sqlstate = getattr(error.orig, "sqlstate", None)
+    return sqlstate in _SERIALIZATION_FAILURES if sqlstate else _mysql_number(error.orig) == _DEADLOCK
 
 
 def ends_transaction(error: BaseException | None) -> bool:
