@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -26,7 +27,7 @@ def sqlite_db(ctxalchemy: Any, **options: Any) -> Any:
 
 
 def db_without_a_host(ctxalchemy: Any) -> Any:
-    return ctxalchemy.DBConnect(empty_handler, empty_handler)
+    return ctxalchemy.DBConnect(Mock(), Mock())
 
 
 async def in_closed_context(ctxalchemy: Any, function: Callable[[], Any]) -> None:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import AsyncMock, Mock
 
 import pytest
-from sqlalchemy import make_url, text
-from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy import event, make_url, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from support.schema import Schema, add_note, checked_out
 from support.sessions import Note, maker_creator
@@ -344,8 +344,6 @@ async def test_from_url_passes_engine_options_on(ctxalchemy: ModuleType, tmp_pat
     db = ctxalchemy.DBConnect.from_url(url, pool_size=3, echo_pool=False)
     engine = (await db.session_maker()).kw["bind"]
     assert (str(engine.url), engine.pool.size()) == (url, 3)
-    with pytest.raises(TypeError, match="no_such_option"):
-        await ctxalchemy.DBConnect.from_url(url, no_such_option=1).session_maker()
 
 
 async def test_change_host_swaps_the_host_in_the_url(ctxalchemy: ModuleType) -> None:
@@ -366,9 +364,89 @@ async def test_url_without_a_host_is_accepted(ctxalchemy: ModuleType) -> None:
     await db.close()
 
 
-def test_invalid_url_is_refused_by_from_url(ctxalchemy: ModuleType) -> None:
-    with pytest.raises(ArgumentError):
-        ctxalchemy.DBConnect.from_url("no url")
+async def test_block_closes_the_database(ctxalchemy: ModuleType, schema: Schema) -> None:
+    async with schema.db(ctxalchemy) as db:
+        async with ctxalchemy.new_non_ctx_atomic_session(db) as session:
+            await add_note(session, "inside")
+        assert await schema.backends() == ["idle"]
+    assert await eventually(lambda: no_backends(schema))
+    async with db, ctxalchemy.new_non_ctx_atomic_session(db) as session:  # The database can be used again.
+        await add_note(session, "inside again")
+    assert await schema.notes() == ["inside", "inside again"]
+
+
+async def test_block_that_raises_closes_the_database(ctxalchemy: ModuleType, schema: Schema) -> None:
+    error = LookupError("in the block")
+
+    async def work() -> None:
+        async with schema.db(ctxalchemy) as db:
+            async with ctxalchemy.new_non_ctx_atomic_session(db) as session:
+                await add_note(session, "inside")
+            raise error
+
+    with pytest.raises(LookupError) as caught:
+        await work()
+    assert caught.value is error
+    assert await eventually(lambda: no_backends(schema))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_error_of_closing_does_not_mask_the_error_of_the_block(ctxalchemy: ModuleType, fails: bool) -> None:
+    engine = Mock(dispose=AsyncMock(side_effect=OSError("while closing")))
+    db = ctxalchemy.DBConnect(lambda _host: engine, lambda _engine: Mock(), "here")
+
+    async def work() -> None:
+        async with db:
+            await db.session_maker()
+            if fails:
+                raise LookupError("in the block")
+
+    with pytest.raises(LookupError if fails else OSError) as caught:
+        await work()
+    notes = ["then the database could not be closed: OSError: while closing"] if fails else []
+    assert getattr(caught.value, "__notes__", []) == notes
+
+
+async def no_backends(schema: Schema) -> bool:
+    return not await schema.backends()
+
+
+async def test_engine_is_that_of_the_sessions(ctxalchemy: ModuleType, db: Any) -> None:
+    statements: list[str] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        statements.append(statement)
+
+    engine = db.engine()
+    event.listen(engine.sync_engine, "before_cursor_execute", note)
+    assert db.engine() is engine
+    assert (await db.session_maker()).kw["bind"] is engine
+    async with ctxalchemy.new_non_ctx_session(db) as session:
+        await session.execute(text("SELECT 1"))
+    assert statements == ["SELECT 1"]
+    await db.close()
+    assert db.engine() is not engine
+
+
+async def test_each_event_loop_has_an_engine_of_its_own(ctxalchemy: ModuleType) -> None:
+    async def engine_of_another_loop() -> AsyncEngine:
+        engine: AsyncEngine = db.engine()
+        await db.close()
+        return engine
+
+    db = ctxalchemy.DBConnect.from_url(URL)
+    engine = db.engine()
+    assert await asyncio.to_thread(asyncio.run, engine_of_another_loop()) is not engine
+    assert db.engine() is engine
+    await db.close()
+
+
+async def test_engine_needs_a_host_and_an_event_loop(ctxalchemy: ModuleType) -> None:
+    db = db_without_a_host(ctxalchemy)
+    with pytest.raises(ValueError, match=r"^host is not set$"):
+        db.engine()
+    with pytest.raises(RuntimeError, match="no running event loop"):
+        await asyncio.to_thread(db.engine)
 
 
 async def test_repr_contains_host_and_database_name_but_no_password(ctxalchemy: ModuleType) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from importlib import import_module
+from importlib.metadata import version
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +16,15 @@ if TYPE_CHECKING:
 SIGNATURES = {
     "ctxalchemy": {
         "DBConnect": "(engine_creator, session_maker_creator, host=None, before_create_session_handler=None)",
-        "DBConnect.from_url": "(url, *, before_create_session_handler=None, **engine_options)",
+        "DBConnect.from_url": (
+            "(url, *, before_create_session_handler=None, session_class=<class "
+            "'sqlalchemy.ext.asyncio.session.AsyncSession'>, session_options=None, **engine_options)"
+        ),
         "DBConnect.connect": "(self, host)",
         "DBConnect.change_host": "(self, host)",
         "DBConnect.create_session": "(self)",
         "DBConnect.session_maker": "(self)",
+        "DBConnect.engine": "(self)",
         "DBConnect.close": "(self)",
         "db_session": "(connect)",
         "db_session_nowait": "(connect)",
@@ -66,6 +71,7 @@ ERRORS = {
     "SessionNotReadyError": "RuntimeError",
     "PartialCommitError": "RuntimeError",
 }
+TYPES = {"BeforeCommitCallback", "CommitIf", "CurrentTransaction"}
 COROUTINE_FUNCTIONS = [
     "DBConnect.connect",
     "DBConnect.change_host",
@@ -87,7 +93,7 @@ COROUTINE_FUNCTIONS = [
 
 def names_of(module: str) -> set[str]:
     names = {name for name in SIGNATURES[module] if "." not in name}
-    return names | ERRORS.keys() | {"BACKEND", "BeforeCommitCallback"} if module == "ctxalchemy" else names
+    return names | ERRORS.keys() | TYPES | {"BACKEND"} if module == "ctxalchemy" else names
 
 
 def without_annotations(function: Any) -> str:
@@ -121,13 +127,17 @@ def test_every_function_that_is_awaited_is_a_coroutine_function(ctxalchemy: Modu
     assert inspect.iscoroutinefunction(attrgetter(name)(ctxalchemy))
 
 
-@pytest.mark.parametrize("name", sorted(names_of("ctxalchemy") - {"BACKEND", "BeforeCommitCallback"}))
+@pytest.mark.parametrize("name", sorted(names_of("ctxalchemy") - TYPES - {"BACKEND"}))
 def test_every_public_object_names_the_package_as_its_module_and_has_a_docstring(
     ctxalchemy: ModuleType, name: str
 ) -> None:
     public = getattr(ctxalchemy, name)
     assert (public.__module__, public.__name__, public.__qualname__) == ("ctxalchemy", name, name)
     assert public.__doc__
+
+
+def test_version_is_that_of_the_installed_distribution(ctxalchemy: ModuleType) -> None:
+    assert ctxalchemy.__version__ == version("ctxalchemy")
 
 
 def test_starlette_middleware_is_the_asgi_middleware(ctxalchemy: ModuleType) -> None:

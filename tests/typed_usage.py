@@ -11,6 +11,8 @@ from ctxalchemy import (
     BACKEND,
     ASGIHTTPDBSessionMiddleware,
     BeforeCommitCallback,
+    CommitIf,
+    CurrentTransaction,
     DBConnect,
     PartialCommitError,
     atomic_db_session,
@@ -65,6 +67,10 @@ async def before_commit(session: AsyncSession) -> None:
 async def databases() -> None:
     db = DBConnect(create_engine, create_session_maker, "localhost", before_create)
     assert_type(DBConnect.from_url("sqlite+aiosqlite://", pool_size=5), DBConnect)
+    DBConnect.from_url("sqlite+aiosqlite://", session_class=AsyncSession, session_options={"autoflush": False})
+    async with db as opened:
+        assert_type(opened, DBConnect)
+    assert_type(db.engine(), AsyncEngine)
     assert_type(db.host, str | None)
     assert_type(await db.create_session(), AsyncSession)
     assert_type(await db.session_maker(), async_sessionmaker[AsyncSession])
@@ -80,7 +86,8 @@ async def sessions(db: DBConnect) -> None:
     assert_type(get_db_session_from_context(db), AsyncSession | None)
     assert_type(pop_db_session_from_context(db), AsyncSession | None)
     put_db_session_to_context(db, await db.create_session())
-    async with atomic_db_session(db, "append") as session:
+    current_transaction: CurrentTransaction = "savepoint"
+    async with atomic_db_session(db, current_transaction) as session:
         assert_type(session, AsyncSession)
     async with new_non_ctx_session(db) as session:
         assert_type(session, AsyncSession)
@@ -146,10 +153,11 @@ async def decorated_functions() -> None:
 
 def applications() -> None:
     fastapi, starlette = FastAPI(), Starlette()
+    commit_if: CommitIf = bool
     add_fastapi_http_db_session_middleware(fastapi, before_commit, websocket=True)
     add_starlette_http_db_session_middleware(starlette, commit_if=lambda status: status < 500)
     starlette.add_middleware(StarletteHTTPDBSessionMiddleware, before_commit=before_commit)
-    fastapi.add_middleware(ASGIHTTPDBSessionMiddleware, commit_if=lambda status: status == 200)
+    fastapi.add_middleware(ASGIHTTPDBSessionMiddleware, commit_if=commit_if)
     ASGIHTTPDBSessionMiddleware(fastapi)
 
 

@@ -1,6 +1,7 @@
 """The SQLAlchemy session of the current request, anywhere in an async service."""
 
 from ._api import (
+    CurrentTransaction,
     atomic_db_session,
     auto_commit_by_status_code,
     close_all_sessions,
@@ -26,15 +27,19 @@ from ._errors import (
     SessionNotReadyError,
 )
 from ._in_new_ctx import in_new_ctx
-from ._middleware import ASGIHTTPDBSessionMiddleware
+from ._middleware import ASGIHTTPDBSessionMiddleware, CommitIf
+
+__version__ = "0.1.0"
 
 __all__ = [
     "BACKEND",
     "ASGIHTTPDBSessionMiddleware",
     "BeforeCommitCallback",
+    "CommitIf",
     "ContextAlreadyInitiatedError",
     "ContextClosedError",
     "ContextNotInitiatedError",
+    "CurrentTransaction",
     "DBConnect",
     "PartialCommitError",
     "SessionNotReadyError",

@@ -17,6 +17,7 @@ from ._errors import closed_context, no_context, see
 from ._sqlalchemy.session import close_session, closing, rollback_session
 
 CurrentTransaction = Literal["commit", "rollback", "append", "raise", "savepoint"]
+"""What ``atomic_db_session`` does with a transaction that is already open."""
 
 
 def atomic_db_session(

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     Items = list[tuple[DBConnect, AsyncSession]]
 
 BeforeCommitCallback = Callable[[AsyncSession], Coroutine[Any, Any, None]]
+"""An async function that is awaited with each session before the session is committed."""
 
 
 class PartialCommitError(RuntimeError):

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import inspect
+from collections.abc import Awaitable, Callable, Mapping
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 
 from ._engine import LoopEngine, check_engine, close_connections
-from ._shield import raise_all, shield
-from ._url import create_memory_engine, host_in, replace_host, shared_memory_url
+from ._shield import add_note, raise_all, shield
+from ._url import create_memory_engine, host_in, parse_url, replace_host, shared_memory_url
 
 if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Self
+
     from sqlalchemy import URL
 
 EngineCreator = Callable[[str], AsyncEngine]
@@ -26,6 +29,7 @@ class DBConnect:
     """One database: how to build its engine and its sessions.
 
     Nothing is built before it is needed.  Each event loop that uses the database has an engine of its own.
+    ``async with db:`` closes the database at the end of the block.
 
     Args:
         engine_creator: called with the host; returns the engine.  Tests may return a mock.
@@ -35,6 +39,7 @@ class DBConnect:
             The handler may change the host.
 
     Raises:
+        TypeError: a creator or the handler is not a function, or a creator is async.
         ValueError: the host is empty.
 
     Example:
@@ -52,6 +57,15 @@ class DBConnect:
         host: str | None = None,
         before_create_session_handler: BeforeCreateSessionHandler | None = None,
     ) -> None:
+        _check_creator("engine_creator", engine_creator, "takes the host and returns an AsyncEngine")
+        _check_creator(
+            "session_maker_creator", session_maker_creator, "takes the engine and returns an async_sessionmaker"
+        )
+        if before_create_session_handler is not None and not callable(before_create_session_handler):
+            got = type(before_create_session_handler).__name__
+            raise TypeError(
+                f"before_create_session_handler must be an async function that takes the DBConnect, not {got}"
+            )
         if host is not None:
             _check_host(host)
         self.engine_creator = engine_creator
@@ -71,9 +85,11 @@ class DBConnect:
         url: str | URL,
         *,
         before_create_session_handler: BeforeCreateSessionHandler | None = None,
+        session_class: type[AsyncSession] = AsyncSession,
+        session_options: Mapping[str, Any] | None = None,
         **engine_options: Any,
     ) -> DBConnect:
-        """Create a database object from a URL.  Its sessions do not expire on commit.
+        """Create a database object from a URL.  By default, its sessions do not expire on commit.
 
         All sessions of ``sqlite+aiosqlite://`` share one database in memory, which ends with ``close()``.  Each session
         has a connection of its own to it.  For this, SQLite 3.36 is needed, and none of the options ``poolclass``,
@@ -84,29 +100,48 @@ class DBConnect:
                 (``?host=...``).  The port stays.  The host of SQLite, one of several hosts, and a Unix socket cannot be
                 replaced: ``change_host`` raises a ``ValueError``.
             before_create_session_handler: as for ``DBConnect``.
+            session_class: the class of the sessions.
+            session_options: options of the sessions, such as ``{"autoflush": False}``.
             engine_options: options of ``create_async_engine``, such as ``pool_size``.
 
         Raises:
-            sqlalchemy.exc.ArgumentError: the URL cannot be parsed.
+            TypeError: an argument has the wrong type, or an option is unknown.
+            sqlalchemy.exc.ArgumentError: the URL cannot be parsed, or its driver is unknown or synchronous.
+            ModuleNotFoundError: the driver is not installed.
 
         Example:
             >>> db = DBConnect.from_url("postgresql+asyncpg://app@localhost/app", pool_size=20)
         """
-        first = make_url(url)
+        first = parse_url(url)
         first_host = host_in(first)
         memory_url = shared_memory_url(first, engine_options)
 
-        def create_engine(host: str) -> AsyncEngine:
+        def create_engine(host: str, options: dict[str, Any] = engine_options) -> AsyncEngine:
             if host != first_host:
-                return create_async_engine(replace_host(first, host), **engine_options)
+                return create_async_engine(replace_host(first, host), **options)
             if memory_url is not None:
-                return create_memory_engine(memory_url, engine_options)
+                return create_memory_engine(memory_url, options)
             # Unchanged: a URL need not contain a host.
-            return create_async_engine(first, **engine_options)
+            return create_async_engine(first, **options)
+
+        maker_options = _maker_options(session_class, session_options)
 
         def create_session_maker(engine: AsyncEngine) -> async_sessionmaker[AsyncSession]:
-            return async_sessionmaker(engine, expire_on_commit=False)
+            return async_sessionmaker(engine, **maker_options)
 
+        # An engine that is never used: it opens no connection, and checks the options.
+        trial_options = engine_options
+        if engine_options.get("pool") is not None:
+            trial_options = engine_options | {"pool": engine_options["pool"].recreate()}
+        try:
+            trial = create_session_maker(create_engine(first_host, trial_options))
+            if session_class is AsyncSession and "sync_session_class" not in maker_options:
+                trial()
+        except TypeError as error:
+            error.add_note(
+                "DBConnect.from_url passes its options to create_async_engine, and session_options to the session"
+            )
+            raise
         return cls(create_engine, create_session_maker, first_host, before_create_session_handler)
 
     async def connect(self, host: str) -> None:
@@ -163,6 +198,36 @@ class DBConnect:
         if self.before_create_session_handler is not None:
             await self.before_create_session_handler(self)
         return self._engine().session_maker
+
+    def engine(self) -> AsyncEngine:
+        """Return the engine for the current host and event loop, for example for events and metrics.
+
+        After ``change_host`` and ``close``, the database has another engine.  The handler is not called.
+
+        Raises:
+            RuntimeError: no event loop is running.
+            ValueError: no host is set.
+            Exception: the exception of a creator.
+
+        Example:
+            >>> async with db.engine().begin() as connection:
+            ...     await connection.run_sync(Base.metadata.create_all)
+        """
+        return self._engine().engine
+
+    async def __aenter__(self) -> Self:
+        """Return this object.  At the end of the block, it is closed."""
+        return self
+
+    async def __aexit__(
+        self, _type: type[BaseException] | None, error: BaseException | None, _traceback: TracebackType | None
+    ) -> None:
+        try:
+            await self.close()
+        except Exception as failure:
+            if error is None:
+                raise
+            add_note(error, "then the database could not be closed", failure)
 
     async def close(self) -> None:
         """Close the connections of the running event loop.  The ``DBConnect`` can be used again after that.
@@ -266,6 +331,25 @@ async def _dispose(engines: list[LoopEngine]) -> None:
         raise_all(failures, "several engines could not be disposed of")
 
 
+def _maker_options(session_class: object, session_options: object) -> dict[str, Any]:
+    if not isinstance(session_class, type) or not issubclass(session_class, AsyncSession):
+        got = session_class.__qualname__ if isinstance(session_class, type) else type(session_class).__name__
+        raise TypeError(f"session_class must be AsyncSession or a subclass of it, not {got}")
+    if not isinstance(session_options, Mapping | None):
+        raise TypeError(f"session_options must be a dictionary, not {type(session_options).__name__}")
+    return {"class_": session_class, "expire_on_commit": False, **(session_options or {})}
+
+
+def _check_creator(name: str, creator: object, what: str) -> None:
+    # A session maker is callable too.
+    if not callable(creator) or isinstance(creator, async_sessionmaker):
+        raise TypeError(f"{name} must be a function that {what}, not {type(creator).__name__}")
+    if inspect.iscoroutinefunction(creator):
+        raise TypeError(f"{name} must be a function that {what}, not an async function")
+
+
 def _check_host(host: str) -> None:
+    if not isinstance(host, str):
+        raise TypeError(f"host must be a string, not {type(host).__name__}")
     if not host:
         raise ValueError("host must not be empty")

@@ -21,6 +21,7 @@ Send = Callable[[Message], Awaitable[None]]
 # Each framework has its own types for them, and some are stricter.  The middleware accepts the applications of all.
 ASGIApp = Callable[[Any, Any, Any], Awaitable[None]]
 CommitIf = Callable[[int], bool]
+"""A function that receives the status of a response and returns whether this status commits."""
 
 _SCOPE_KEY = "ctxalchemy"
 # The messages that contain a response body or its last part.  Two of them belong to extensions of ASGI.

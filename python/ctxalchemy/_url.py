@@ -1,4 +1,4 @@
-"""What ``DBConnect.from_url`` does with a URL: replace its host, and share a database in memory."""
+"""What ``DBConnect.from_url`` does with a URL: check it, replace its host, and share a database in memory."""
 
 from __future__ import annotations
 
@@ -7,16 +7,42 @@ import sqlite3
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from sqlalchemy import event
+from sqlalchemy import URL, event, make_url
+from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext.asyncio import create_async_engine
 
 if TYPE_CHECKING:
-    from sqlalchemy import URL
     from sqlalchemy.ext.asyncio import AsyncEngine
 
 DEFAULT_HOST = "localhost"
 _HOST_AND_PORT = re.compile(r"([A-Za-z0-9.-]+):(\d+)")
 _POOL_OPTIONS = frozenset({"poolclass", "pool", "async_creator", "creator"})
+
+_ASYNC_DRIVERS = {
+    "postgresql": "postgresql+asyncpg",
+    "mysql": "mysql+aiomysql",
+    "mariadb": "mariadb+aiomysql",
+    "sqlite": "sqlite+aiosqlite",
+}
+
+
+def parse_url(url: str | URL) -> URL:
+    """Return the URL.  Its driver must be async.
+
+    Raises:
+        TypeError: this is not a URL.
+        sqlalchemy.exc.ArgumentError: the URL cannot be parsed, or its driver is unknown or synchronous.
+    """
+    if not isinstance(url, (str, URL)):
+        raise TypeError(f"url must be a string or a sqlalchemy.URL, not {type(url).__name__}: pass str(url)")
+    parsed = make_url(url)
+    if not parsed.get_dialect().get_async_dialect_cls(parsed).is_async:
+        recommended = _ASYNC_DRIVERS.get(parsed.get_backend_name())
+        raise ArgumentError(
+            f"the driver of this URL ({parsed.drivername}) is synchronous: use an async driver"
+            + (f", for example {recommended}" if recommended else "")
+        )
+    return parsed
 
 
 # --- the host ----------------------------------------------------------------------------------------
