@@ -59,8 +59,16 @@ pub fn class<'py>(reference: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> 
 /// The argument as a `SessionStore`.
 #[inline(always)]
 pub fn expect<'a, 'py>(object: &'a Bound<'py, PyAny>) -> Result<&'a Bound<'py, SessionStore>, Raised> {
-    SessionStore::of(object)
-        .ok_or_else(|| PyTypeError::new_err(format!("expected a SessionStore, got {object:?}")).into())
+    SessionStore::of(object).ok_or_else(|| of_another_type(object))
+}
+
+/// The repr of the object may contain a password.
+#[cold]
+fn of_another_type(object: &Bound<'_, PyAny>) -> Raised {
+    match object.get_type().name() {
+        Ok(name) => PyTypeError::new_err(format!("expected a SessionStore, got {name}")).into(),
+        Err(error) => error.into(),
+    }
 }
 
 fn init<'py>(store: &Bound<'py, SessionStore>, manual: Argument<'_, 'py>) -> Outcome<'py> {

@@ -14,6 +14,13 @@ if TYPE_CHECKING:
 URL = "postgresql+asyncpg://app:secret@localhost/app"
 
 
+class SettingsURL:
+    """A URL object of a settings library."""
+
+    def __repr__(self) -> str:
+        return f"SettingsURL({URL!r})"
+
+
 async def use(manager: Any) -> None:
     async with manager:
         pass
@@ -39,6 +46,9 @@ MISTAKES: dict[str, Callable[[Any], Awaitable[Any]]] = {
     "run_in_new_ctx": lambda c: c.run_in_new_ctx(partial(str, URL)),
     "run_in_new_ctx of no function": lambda c: c.run_in_new_ctx(URL),
     "before_commit": lambda c: call(c.ASGIHTTPDBSessionMiddleware, nothing, URL),
+    "current_transaction": lambda c: call(c.atomic_db_session, None, URL),
+    "from_url": lambda c: call(c.DBConnect.from_url, SettingsURL()),
+    "reset_context": lambda c: call(c._backend.reset_context, URL),
     "commit_if": lambda c: call(c.ASGIHTTPDBSessionMiddleware, nothing, commit_if=URL),
 }
 
@@ -52,7 +62,7 @@ async def test_a_url_in_the_wrong_place_does_not_appear_in_the_error(ctxalchemy:
         finally:
             await ctxalchemy.reset_db_session_ctx(token)
 
-    with pytest.raises((TypeError, AttributeError)) as caught:
+    with pytest.raises((TypeError, ValueError, AttributeError)) as caught:
         await run()
     error: BaseException | None = caught.value
     while error is not None:
@@ -67,3 +77,25 @@ async def test_the_error_names_the_type_that_was_passed(ctxalchemy: ModuleType, 
     with pytest.raises(TypeError, match=r"^expected a DBConnect, got str$"):
         await MISTAKES[mistake](ctxalchemy)
     await ctxalchemy.reset_db_session_ctx(token)
+
+
+async def test_the_error_for_a_context_names_the_type_that_was_passed(ctxalchemy: ModuleType) -> None:
+    with pytest.raises(TypeError, match=r"^expected a SessionStore, got str$"):
+        await MISTAKES["reset_context"](ctxalchemy)
+
+
+async def test_the_error_for_a_url_names_the_type_that_was_passed(ctxalchemy: ModuleType) -> None:
+    with pytest.raises(TypeError, match=r"^url must be a string or a sqlalchemy.URL, not SettingsURL: "):
+        await MISTAKES["from_url"](ctxalchemy)
+
+
+@pytest.mark.parametrize("host", [URL, "host=db password=secret", URL.replace(":secret@", "@") + "?password=secret"])
+def test_a_url_as_the_host_does_not_appear_in_the_repr(ctxalchemy: ModuleType, host: str) -> None:
+    """An ``engine_creator`` of the application may take anything as its host."""
+    db = ctxalchemy.DBConnect(nothing, nothing, host)
+    assert repr(db) == "<DBConnect host='***', not connected>"
+
+
+@pytest.mark.parametrize("host", ["db-1.example.com", "10.0.0.1:5432", "[::1]:5432", "a,b", "/var/run/pg", None])
+def test_a_host_appears_in_the_repr(ctxalchemy: ModuleType, host: str | None) -> None:
+    assert repr(ctxalchemy.DBConnect(nothing, nothing, host)) == f"<DBConnect host={host!r}, not connected>"

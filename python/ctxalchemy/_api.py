@@ -48,7 +48,7 @@ def atomic_db_session(
     """
     choices = get_args(CurrentTransaction)
     if current_transaction not in choices:
-        raise ValueError(f"current_transaction must be one of {', '.join(choices)}, not {current_transaction!r}")
+        raise ValueError(f"current_transaction must be one of {', '.join(choices)}")
     return _atomic_db_session(connect, current_transaction)
 
 

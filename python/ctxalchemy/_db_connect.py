@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import re
 from collections.abc import Awaitable, Callable, Mapping
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 EngineCreator = Callable[[str], AsyncEngine]
 SessionMakerCreator = Callable[[AsyncEngine], async_sessionmaker[AsyncSession]]
 BeforeCreateSessionHandler = Callable[["DBConnect"], Awaitable[None]]
+
+# Hosts, ports, paths of sockets: no user and no options.
+_WITHOUT_PASSWORD = re.compile(r"[\w.,:/\[\]-]+")
 
 
 class DBConnect:
@@ -298,8 +302,8 @@ class DBConnect:
         # The database distinguishes two databases on one host.  The URL may contain the password in several parts.
         for engine in self._engines.values():
             database = engine.engine.url.database if isinstance(engine.engine, AsyncEngine) else None
-            return f"<DBConnect host={self.host!r}, database={database!r}, connected>"
-        return f"<DBConnect host={self.host!r}, not connected>"
+            return f"<DBConnect host={_shown(self.host)}, database={database!r}, connected>"
+        return f"<DBConnect host={_shown(self.host)}, not connected>"
 
 
 def new_session(connect: DBConnect) -> AsyncSession:
@@ -353,3 +357,13 @@ def _check_host(host: str) -> None:
         raise TypeError(f"host must be a string, not {type(host).__name__}")
     if not host:
         raise ValueError("host must not be empty")
+
+
+def _shown(host: str | None) -> str:
+    """Return the host as the ``repr()`` shows it.
+
+    An ``engine_creator`` of the application may take a URL as its host, and the URL may contain a password.
+    """
+    if host is None or (isinstance(host, str) and _WITHOUT_PASSWORD.fullmatch(host)):
+        return repr(host)
+    return "'***'"

@@ -179,7 +179,7 @@ def reset_context(store: SessionStore) -> None:
     try:
         token = store._token
     except AttributeError:
-        raise TypeError(f"expected a SessionStore, got {store!r}") from None
+        raise TypeError(f"expected a SessionStore, got {type(store).__name__}") from None
     if token is None:
         raise RuntimeError("this database session context has already been reset")
     _reset(token)
