@@ -30,7 +30,7 @@ async def call(function: Callable[..., Any], *arguments: Any, **options: Any) ->
     function(*arguments, **options)
 
 
-async def nothing(*_: Any) -> None: ...
+def nothing(*_: Any) -> None: ...
 
 
 MISTAKES: dict[str, Callable[[Any], Awaitable[Any]]] = {

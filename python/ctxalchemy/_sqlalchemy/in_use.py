@@ -39,12 +39,18 @@ def warn_in_use(session: Session) -> None:
     )
 
 
-def in_use_error(session: Session) -> InvalidRequestError:
-    """Return the error for a commit of a session on which a task is executing a statement."""
-    return InvalidRequestError(
-        f"this session cannot be committed: {tasks_using(session)} is executing a statement on it; "
-        "await that task first, or give it its own context with run_in_new_ctx()" + see("guides/concurrent-queries.md")
-    )
+class InUseError(InvalidRequestError):
+    """A session cannot be committed, because another task is executing a statement on it.
+
+    Args:
+        session: the session.
+    """
+
+    def __init__(self, session: Session) -> None:
+        super().__init__(
+            f"this session cannot be committed: {tasks_using(session)} is executing a statement on it; await that task "
+            "first, or give it its own context with run_in_new_ctx()" + see("guides/concurrent-queries.md")
+        )
 
 
 def tasks_using(session: Session) -> str:

@@ -23,7 +23,7 @@ from .._shield import Cleanup, add_note, raise_all
 from .drivers import is_refusal, reports_in_use
 from .gate import Gate
 from .guard import invalidate, is_rolled_back, raise_if_aborted, wait_until_terminated
-from .in_use import IN_USE_TIMEOUT, in_use_error, is_in_use, warn_in_use
+from .in_use import IN_USE_TIMEOUT, InUseError, is_in_use, warn_in_use
 from .internals import (
     await_only,
     close_idle,
@@ -194,7 +194,7 @@ def _when_free(session: AsyncSession, operation: Callable[[AsyncSession], bool],
             gate = gate or Gate(session.sync_session)
             deadline = deadline or monotonic() + IN_USE_TIMEOUT
             if monotonic() > deadline:
-                raise in_use_error(session.sync_session)
+                raise InUseError(session.sync_session)
             await_only(asyncio.sleep(0.002))
     finally:
         if gate is not None:
@@ -321,7 +321,7 @@ def _release(savepoint: Savepoint) -> None:
     try:
         _when_free(session, lambda _: _attempt(session, savepoint.transaction.commit))
     except BaseException as error:
-        if not is_concurrent_use(error) and not savepoint.transaction.is_active:
+        if not isinstance(error, InUseError) and not savepoint.transaction.is_active:
             _refuse_commit(session)
         raise
 
@@ -335,7 +335,7 @@ def _roll_back_to(savepoint: Savepoint) -> None:
     try:
         _when_free(session, lambda _: _attempt(session, savepoint.transaction.rollback))
     except BaseException as error:
-        if is_concurrent_use(error):
+        if isinstance(error, InUseError):
             # Another task still waits for the first connection, and all that the block has done is in the session.
             session.sync_session.expunge_all()
             _refuse_connections(session, _rolled_back)
