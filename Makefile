@@ -10,6 +10,7 @@ export PATH := $(PATH):$(or $(CARGO_HOME),$(HOME)/.cargo)/bin
 
 SET_UP := $(PYTHON) scripts/environment.py
 POSTGRES := $(VENV_PYTHON) scripts/postgres.py --
+PGBOUNCER := $(VENV_PYTHON) scripts/pgbouncer.py --
 MARIADB := $(VENV_PYTHON) scripts/mariadb.py --
 # PYTHONMALLOC=malloc: valgrind cannot check memory that Python's own allocator manages. valgrind reports reads and
 # writes outside allocated memory. It does not report uninitialized values, because it has false reports in CPython.
@@ -31,9 +32,9 @@ help:  ## List the targets.
 	@echo
 	@echo 'Every target runs with python3. To use another interpreter, add for example PYTHON=python3.13.'
 
-test:  ## Run the tests on both backends, with temporary PostgreSQL and MariaDB servers. ARGS="-k word -x" goes to pytest.
+test:  ## Run the tests on both backends, with temporary PostgreSQL, PgBouncer and MariaDB servers. ARGS="-k word -x" goes to pytest.
 	@$(SET_UP) --need-native test
-	@$(POSTGRES) $(MARIADB) $(VENV_PYTHON) -m pytest -p tests.support.both_backends $(ARGS)
+	@$(POSTGRES) $(PGBOUNCER) $(MARIADB) $(VENV_PYTHON) -m pytest -p tests.support.both_backends $(ARGS)
 
 lint:  ## Run all linters, the type checkers and the tests of the Rust crate.
 	@$(SET_UP) --need-native test examples bench lint
@@ -49,7 +50,7 @@ coverage:  ## Run the tests with coverage of Python and Rust, and write target/c
 
 test-all:  ## Run the tests with every Python of this machine, on SQLAlchemy 2.0 and 2.1, and print a table.
 	@$(SET_UP) --need-native test
-	@$(POSTGRES) $(MARIADB) $(VENV_PYTHON) scripts/test_all.py $(ARGS)
+	@$(POSTGRES) $(PGBOUNCER) $(MARIADB) $(VENV_PYTHON) scripts/test_all.py $(ARGS)
 
 wheels:  ## Build the sdist and the wheels for every Python of this machine in dist/, and check them.
 	@$(SET_UP) wheels

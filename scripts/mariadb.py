@@ -12,7 +12,6 @@ the server and removes the directory.
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import subprocess
@@ -23,15 +22,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import temporary_server
-from temporary_server import end, environment, fail, free_port, ignore_signals, is_ready, process_options, say
+from temporary_server import PATH, end, environment, fail, free_port, ignore_signals, is_ready, process_options, say
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 URL_VARIABLE = "TEST_MARIADB_URL"
 PROGRAMS = ("mariadb-install-db", "mariadbd", "mariadb-admin")
-# Debian installs mariadbd into a directory that is on the PATH of root only.
-PATH = os.pathsep.join([*os.get_exec_path(), "/usr/local/sbin", "/usr/sbin"])
 INSTALL_OPTIONS = ("--auth-root-authentication-method=normal", "--skip-name-resolve", "--skip-test-db")
 SETTINGS = {
     "bind-address": "127.0.0.1",

@@ -1,4 +1,4 @@
-"""Run a command with a temporary server: what ``postgres.py`` and ``mariadb.py`` have in common."""
+"""Run a command with a temporary server: what ``postgres.py``, ``pgbouncer.py`` and ``mariadb.py`` have in common."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from types import FrameType
 
 START_TIMEOUT = 60.0
+# Debian installs mariadbd and pgbouncer into a directory that is on the PATH of root only.
+PATH = os.pathsep.join([*os.get_exec_path(), "/usr/local/sbin", "/usr/sbin"])
 STOP_SIGNALS = [
     number
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

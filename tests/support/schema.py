@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
 
 
+TABLES = (
+    "CREATE TABLE note (name text PRIMARY KEY);"
+    "CREATE TABLE child (note text REFERENCES note DEFERRABLE INITIALLY DEFERRED);"
+)
 needs_asyncpg = pytest.mark.skipif(find_spec("asyncpg") is None, reason="asyncpg is not installed for this interpreter")
 
 
@@ -66,11 +70,7 @@ class Schema:
         name = f"t_{uuid4().hex[:12]}"
         observer = await connect(server_url, search_path=name)
         try:
-            await observer.execute(
-                f"CREATE SCHEMA {name};"
-                "CREATE TABLE note (name text PRIMARY KEY);"
-                "CREATE TABLE child (note text REFERENCES note DEFERRABLE INITIALLY DEFERRED);"
-            )
+            await observer.execute(f"CREATE SCHEMA {name};{TABLES}")
             yield cls(server_url, name, observer)
         finally:
             await observer.execute(
