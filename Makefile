@@ -104,8 +104,8 @@ serve:  ## Serve the example application with SQLite, or with the database of DA
 
 soak:  ## Inject random faults for MINUTES=10 on each backend. ARGS="--seed 7" replays a run.
 	@$(SET_UP) --need-native test
-	@$(POSTGRES) $(VENV_PYTHON) tests/soak.py --backend native --minutes $(MINUTES) $(ARGS)
-	@$(POSTGRES) $(VENV_PYTHON) tests/soak.py --backend python --minutes $(MINUTES) $(ARGS)
+	@$(POSTGRES) $(PGBOUNCER) $(VENV_PYTHON) tests/soak.py --backend native --minutes $(MINUTES) $(ARGS)
+	@$(POSTGRES) $(PGBOUNCER) $(VENV_PYTHON) tests/soak.py --backend python --minutes $(MINUTES) $(ARGS)
 
 bench:  ## Run the benchmarks and write bench/REPORT.md. ARGS="--quick micro" runs a part of them.
 	@$(SET_UP) --need-native bench

@@ -1,7 +1,8 @@
 """Send random requests with random faults for a given time, on the server of TEST_DATABASE_URL.
 
-    python tests/soak.py [--minutes N] [--backend native|python] [--seed N]
+    python tests/soak.py [--minutes N] [--backend native|python] [--seed N] [--no-pgbouncer]
 
+One of the two databases connects through PgBouncer, at TEST_PGBOUNCER_URL, unless ``--no-pgbouncer`` is given.
 The script fails as soon as the ledger does not balance.  The error contains the seed that replays the run.
 """
 
@@ -37,21 +38,33 @@ def main() -> None:
     parser.add_argument(
         "--seed", type=int, default=SystemRandom().randrange(2**32), help="the seed; the default is a random number"
     )
+    parser.add_argument(
+        "--pgbouncer",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="connect one database through PgBouncer",
+    )
     options = parser.parse_args()
     url = os.environ.get("TEST_DATABASE_URL")
     if not url:
         sys.exit(
             "TEST_DATABASE_URL is not set.  Run 'make soak': it starts a temporary PostgreSQL and sets the variable."
         )
+    pgbouncer_url = os.environ.get("TEST_PGBOUNCER_URL") if options.pgbouncer else None
+    if options.pgbouncer and not pgbouncer_url:
+        sys.exit(
+            "TEST_PGBOUNCER_URL is not set.  Install PgBouncer (apt-get install pgbouncer), or pass --no-pgbouncer."
+        )
     os.environ["CTXALCHEMY_BACKEND"] = options.backend
     package = importlib.import_module("ctxalchemy")
     for name in ("starlette", "fastapi"):
         importlib.import_module(f"ctxalchemy.{name}")
-    print(f"{package.BACKEND} backend, {options.minutes:g} minutes, seed {options.seed}", flush=True)
-    asyncio.run(soak(package, url, options.seed, options.minutes * 60))
+    over = "half over PgBouncer" if pgbouncer_url else "without PgBouncer"
+    print(f"{package.BACKEND} backend, {options.minutes:g} minutes, {over}, seed {options.seed}", flush=True)
+    asyncio.run(soak(package, url, pgbouncer_url, options.seed, options.minutes * 60))
 
 
-async def soak(package: ModuleType, url: str, seed: int, seconds: float) -> None:
+async def soak(package: ModuleType, url: str, pgbouncer_url: str | None, seed: int, seconds: float) -> None:
     from support.soak import Soak
 
     # Most of the faults would log a warning.
@@ -61,7 +74,7 @@ async def soak(package: ModuleType, url: str, seed: int, seconds: float) -> None
     gc.disable()
     started = reported = monotonic()
     memory: list[float] = []
-    async with Soak.create(package, url, seed) as soak:
+    async with Soak.create(package, url, seed, pgbouncer_url) as soak:
         while soak.rounds <= WARM_UP or monotonic() < started + seconds:
             await soak.round()
             memory.append(resident())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+from contextvars import copy_context
 from random import SystemRandom
 from time import monotonic
 from typing import TYPE_CHECKING
@@ -42,7 +43,22 @@ async def test_ledger_balances_after_random_faults(ctxalchemy: ModuleType, postg
     print(soak.happened)
     for what in ("answered with 200", "answered with 500", "answered with None", "terminated by the server"):
         assert soak.happened[what], f"this never happened: {what}"
-    for what in ("cut off over TCP", "cancelled in process", "late, and refused", "raised PartialCommitError"):
+    for what in (
+        "disconnected over TCP",
+        "cancelled in process",
+        "outlived their request: ContextClosedError",
+        "raised PartialCommitError",
+    ):
         assert soak.happened[what], f"this never happened: {what}"
     # The first rounds fill caches.
     assert soak.sizes[-1] < soak.sizes[1] * 1.05, f"memory grows: {soak.sizes}"
+
+
+@needs_asyncpg
+async def test_ledger_does_not_balance_if_a_context_is_open(ctxalchemy: ModuleType, postgres_url: str) -> None:
+    async with Soak.create(ctxalchemy, postgres_url, seed=1) as soak:
+        elsewhere = copy_context()
+        elsewhere.run(ctxalchemy.init_db_session_ctx)
+        elsewhere.run(soak.watch_context)
+        with pytest.raises(AssertionError, match="a context is open"):
+            await soak.round()

@@ -20,6 +20,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from .apps import KINDS, Answer, Kind, build, call, http_scope
 from .faults import assert_serves
+from .pgbouncer import PooledSchema, with_database
 from .schema import Schema, add_note, break_commit, checked_out, count_notes, pool_of
 from .server import serve
 
@@ -52,7 +53,7 @@ class Plan:
     idle: float
     gathers: bool
     after: str
-    late: str
+    outliving: str
     disconnect_after: float | None
     inner: Plan | None = None
 
@@ -81,7 +82,7 @@ class Plan:
             idle=random.choice([0, 0, 0.001, 0.005]),
             gathers=random.random() < 0.2,
             after=random.choice(["", "", "stream", "broken stream", "background", "broken background", "at the end"]),
-            late=random.choice(["", "", "", "in a new context", "in the closed context", "in the same session"]),
+            outliving=random.choice(["", "", "", "in a new context", "in the closed context", "in the same session"]),
             disconnect_after=random.uniform(0, 0.06) if random.random() < 0.35 else None,
         )
         if not inner and random.random() < 0.15:
@@ -98,10 +99,11 @@ class Soak:
     Args:
         ctxalchemy: the package.
         schema: the schema that the requests write to.
+        pooled: the same schema, reached through PgBouncer; the second database then connects through PgBouncer.
         seed: determines all random decisions, but not the timing.
     """
 
-    def __init__(self, ctxalchemy: ModuleType, schema: Schema, seed: int) -> None:
+    def __init__(self, ctxalchemy: ModuleType, schema: Schema, seed: int, pooled: PooledSchema | None = None) -> None:
         self.seed = seed
         self.rounds = 0
         self.happened: Counter[str] = Counter()
@@ -109,22 +111,31 @@ class Soak:
         self._ctxalchemy = ctxalchemy
         self._backend = sys.modules.get("ctxalchemy._backend") or ctxalchemy._backend
         self._schema = schema
+        self._pooled = pooled
         # Not over psycopg: if psycopg is interrupted during its own clean-up, it closes a socket that the event loop
         # still watches.  The next user of the same file descriptor, such as a client in this process, then fails.
-        self._databases = (schema.db(ctxalchemy, **POOL), schema.db(ctxalchemy, **POOL))
+        self._databases = (schema.db(ctxalchemy, **POOL), (pooled or schema).db(ctxalchemy, **POOL))
         self._plan: ContextVar[Plan] = ContextVar("plan")
         self._plans: dict[int, Plan] = {}
         self._apps = {kind: build(kind, ctxalchemy, self._endpoint, before_commit=self._hook) for kind in KINDS}
-        self._late: set[asyncio.Task[None]] = set()
+        self._outliving: set[asyncio.Task[None]] = set()
         self._contexts: list[weakref.ref[Any]] = []
         self._sessions: list[weakref.ref[AsyncSession]] = []
         self._port = 0
 
     @classmethod
     @asynccontextmanager
-    async def create(cls, ctxalchemy: ModuleType, server_url: str, seed: int) -> AsyncIterator[Soak]:
-        async with Schema.create(server_url) as schema:
-            soak = cls(ctxalchemy, schema, seed)
+    async def create(
+        cls, ctxalchemy: ModuleType, server_url: str, seed: int, pgbouncer_url: str | None = None
+    ) -> AsyncIterator[Soak]:
+        """Serve the application.  With a URL of PgBouncer, the second database connects through it."""
+        async with contextlib.AsyncExitStack() as stack:
+            if pgbouncer_url is None:
+                soak = cls(ctxalchemy, await stack.enter_async_context(Schema.create(server_url)), seed)
+            else:
+                pooled = await stack.enter_async_context(PooledSchema.create_behind(pgbouncer_url, server_url))
+                schema = Schema(with_database(server_url, pooled.name), pooled.name, pooled.observer)
+                soak = cls(ctxalchemy, schema, seed, pooled)
             async with serve(soak._app, interface="asgi3") as url:
                 soak._port = int(url.rpartition(":")[2])
                 yield soak
@@ -144,14 +155,19 @@ class Soak:
             async with turns:
                 await (self._run_over_tcp(plan) if plan.over_tcp else self._run_in_process(plan))
 
-        terminating = asyncio.create_task(self._terminate_at_random_times(random))
+        ended = asyncio.Event()
+        terminating = asyncio.create_task(self._terminate_at_random_times(random, ended))
         try:
             async with asyncio.timeout(60):
                 await asyncio.gather(*map(run, plans))
         finally:
-            terminating.cancel()
-            await asyncio.gather(terminating, return_exceptions=True)
+            ended.set()
+            await terminating
         await self._balance()
+
+    def watch_context(self) -> None:
+        """Assert after the round that the current context is closed by then."""
+        self._contexts.append(weakref.ref(self._backend.current_context()))
 
     # --- clients -------------------------------------------------------------------------------------
 
@@ -163,7 +179,7 @@ class Soak:
             async with asyncio.timeout(plan.disconnect_after):
                 answer = await reader.read()
         except TimeoutError:
-            self.happened["cut off over TCP"] += 1
+            self.happened["disconnected over TCP"] += 1
             writer.transport.abort()
         except ConnectionError:
             pass
@@ -197,8 +213,8 @@ class Soak:
     def _scope(self, plan: Plan) -> dict[str, Any]:
         return {**http_scope(), "query_string": str(plan.number).encode()}
 
-    async def _terminate_at_random_times(self, random: Random) -> None:
-        while True:
+    async def _terminate_at_random_times(self, random: Random, ended: asyncio.Event) -> None:
+        while not ended.is_set():
             await asyncio.sleep(random.uniform(0.01, 0.08))
             terminated = await self._schema.observer.fetch(
                 "SELECT pg_terminate_backend(pid) FROM (SELECT pid FROM pg_stat_activity "
@@ -207,6 +223,10 @@ class Soak:
                 str(random.random()),
             )
             self.happened["terminated by the server"] += len(terminated)
+            if self._pooled is not None and random.random() < 0.01:
+                await self._pooled.stop_pgbouncer()
+                await self._pooled.start_pgbouncer()
+                self.happened["restarts of PgBouncer"] += 1
 
     # --- the application -----------------------------------------------------------------------------
 
@@ -237,7 +257,7 @@ class Soak:
     async def _endpoint(self) -> Answer:
         plan = self._plan.get()
         package = self._ctxalchemy
-        self._contexts.append(weakref.ref(self._backend.current_context()))
+        self.watch_context()
         if plan.gathers:
             first = self._databases[plan.databases[0]]
             one, two = await asyncio.gather(package.db_session(first), package.db_session(first))
@@ -255,9 +275,9 @@ class Soak:
         if plan.inner is not None:
             with contextlib.suppress(Exception):
                 await call(self._app, scope=self._scope(plan.inner))
-        if plan.late:
+        if plan.outliving:
             task = asyncio.create_task(self._outlive(plan, last))
-            self._late.add(task)
+            self._outliving.add(task)
         await asyncio.sleep(plan.idle)
         if plan.ending == "raises":
             raise LookupError("in the endpoint")
@@ -300,18 +320,18 @@ class Soak:
     async def _outlive(self, plan: Plan, session: AsyncSession) -> None:
         package = self._ctxalchemy
         db = self._databases[plan.databases[0]]
-        name = plan.name("late")
+        name = plan.name("outliving")
 
         async def write() -> None:
             await add_note(await package.db_session(db), name)
 
         await asyncio.sleep(plan.idle + plan.statement)
         try:
-            if plan.late == "in a new context":
+            if plan.outliving == "in a new context":
                 plan.may.add(name)
                 await package.run_in_new_ctx(write)
                 plan.must.add(name)
-            elif plan.late == "in the same session":
+            elif plan.outliving == "in the same session":
                 plan.may.add(name)
                 await add_note(session, name)
             else:
@@ -320,10 +340,10 @@ class Soak:
                 await write()
                 plan.wrong.append("db_session made a session in a closed context")
         except package.ContextClosedError:
-            self.happened["late, and refused"] += 1
+            self.happened["outlived their request: ContextClosedError"] += 1
         except Exception:
             # Its connection was terminated, or the request has closed its session.
-            self.happened["late, and failed"] += 1
+            self.happened["outlived their request: another error"] += 1
 
     # --- the ledger ----------------------------------------------------------------------------------
 
@@ -331,8 +351,8 @@ class Soak:
         where = f"seed {self.seed}, round {self.rounds}"
         while self._serves_requests():  # noqa: ASYNC110
             await asyncio.sleep(0.005)
-        late, self._late = self._late, set()
-        await asyncio.gather(*late)
+        outliving, self._outliving = self._outliving, set()
+        await asyncio.gather(*outliving)
         must: set[str] = set()
         may: set[str] = set()
         for plan in self._plans.values():
@@ -344,10 +364,7 @@ class Soak:
             self.happened[f"answered with {plan.status}"] += 1
             if plan.error is not None:
                 self.happened[f"raised {type(plan.error).__name__}"] += 1
-        for db in self._databases:
-            assert await checked_out(db) == 0, f"{where}: a connection is still checked out"
-        if not await self._schema.has_no_open_transaction():
-            raise AssertionError(f"{where}: a transaction is still open: {await self._schema.activity()}")
+        await self._assert_no_open_transaction(where)
         notes = set(await self._schema.notes())
         assert must <= notes, f"{where}: not committed: {self._describe(must - notes)}"
         assert notes <= must | may, f"{where}: not rolled back: {self._describe(notes - must - may)}"
@@ -360,29 +377,43 @@ class Soak:
         for db in self._databases:
             await self._assert_pooled_connections_work(db)
         await assert_serves(self._ctxalchemy, *self._databases)
+        await self._assert_no_open_transaction(where)
         await self._schema.observer.execute("DELETE FROM note")
         for plan in self._plans.values():
             # The traceback of the error would keep the objects of the request alive.
             plan.error = None
         self._plans.clear()
-        del late
+        del outliving
         gc.collect()
         assert not any(session() for session in self._sessions), f"{where}: a session is still referenced"
         self._sessions.clear()
         # asyncio's timers and transports keep the contextvars context in which they were made, as long as they exist.
-        for context in filter(None, (reference() for reference in self._contexts)):
+        # An empty context is false.
+        for context in [context for reference in self._contexts if (context := reference()) is not None]:
             assert context.closed, f"{where}: a context is open"
             assert not len(context), f"{where}: a context is not empty"
         self._contexts = [reference for reference in self._contexts if reference() is not None]
         self.happened["closed contexts that are still referenced"] = len(self._contexts)
         self.sizes.append(len(gc.get_objects()))
 
+    async def _assert_no_open_transaction(self, where: str) -> None:
+        """Assert that no connection is checked out, in a transaction, or assigned to a client by PgBouncer."""
+        for db in self._databases:
+            assert await checked_out(db) == 0, f"{where}: a connection is still checked out"
+        if not await self._schema.has_no_open_transaction():
+            raise AssertionError(f"{where}: a transaction is still open: {await self._schema.activity()}")
+        if self._pooled is not None:
+            assigned = await self._pooled.assigned()
+            assert not assigned, f"{where}: PgBouncer has still assigned {assigned} server connections to clients"
+
     async def _assert_pooled_connections_work(self, db: Any) -> None:
-        """Assert that each connection in the pool works, or was terminated by the server."""
+        """Assert that each connection in the pool is in no transaction and works, or was terminated by the server."""
         pool = await pool_of(db)
         sessions = [await db.create_session() for _ in range(pool.checkedin())]
         for session in sessions:
             try:
+                raw = await (await session.connection()).get_raw_connection()
+                assert not raw.driver_connection.is_in_transaction(), "the pool contains a connection in a transaction"
                 await count_notes(session)
             except DBAPIError as error:
                 if not error.connection_invalidated:
