@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -113,9 +113,7 @@ async def commit_all(
                 cancelled.add_note(str(partial))
             raise
         if partial is not None:
-            if isinstance(error, Exception):
-                raise partial from error
-            error.add_note(str(partial))
+            _raise_partial(partial, error)
         raise
 
 
@@ -124,7 +122,7 @@ async def commit_one(database: DBConnect, session: AsyncSession) -> None:
     try:
         await commit_session(session)
     except PartlyCommittedError as failure:
-        raise PartialCommitError([database], [database]) from _cause(failure)
+        _raise_partial(PartialCommitError([database], [database]), _cause(failure))
 
 
 @asynccontextmanager
@@ -155,7 +153,17 @@ async def nested(session: AsyncSession) -> AsyncIterator[None]:
 
 
 def _cause(failure: PartlyCommittedError) -> BaseException:
-    return failure if failure.__cause__ is None else failure.__cause__
+    """Return the first error, and detach it: it may be raised while this one is handled."""
+    error, failure.__cause__ = failure.__cause__, None
+    return failure if error is None else error
+
+
+def _raise_partial(partial: PartialCommitError, error: BaseException) -> NoReturn:
+    """Raise the error because of its first error.  A CancelledError stays one, and has a note."""
+    if isinstance(error, Exception):
+        raise partial from error
+    error.add_note(str(partial))
+    raise error
 
 
 async def roll_back_all(store: SessionStore) -> None:

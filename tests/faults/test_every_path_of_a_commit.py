@@ -14,8 +14,10 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from support.apps import Answer, build, call
 from support.faults import CommitGate, assert_whole, pids
 from support.schema import Schema, add_note, break_commit, checked_out, count_notes
+from support.waiting import eventually
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
     from types import ModuleType
 
 
@@ -125,37 +127,41 @@ async def two_engines(ctxalchemy: ModuleType, schema: Schema) -> Any:
     await db.close()
 
 
-@pytest.mark.parametrize("how", ["context", "commit_db_session", "atomic", "middleware"])
+async def commit(ctxalchemy: ModuleType, db: Any, how: str, work: Callable[[], Awaitable[None]]) -> None:
+    async def endpoint() -> Answer:
+        await work()
+        return Answer()
+
+    if how == "middleware":
+        await call(build("asgi", ctxalchemy, endpoint))
+        return
+    async with ctxalchemy.new_ctx():
+        if how == "atomic":
+            async with ctxalchemy.atomic_db_session(db):
+                await work()
+        else:
+            await work()
+        if how == "commit_db_session":
+            await ctxalchemy.commit_db_session(db)
+
+
+each_way_to_commit = pytest.mark.parametrize("how", ["context", "commit_db_session", "atomic", "middleware"])
+
+
+@each_way_to_commit
 async def test_session_over_two_engines_that_commits_only_one_raises_a_partial_commit_error(
     ctxalchemy: ModuleType, schema: Schema, two_engines: Any, how: str
 ) -> None:
-    async def work(name: str) -> None:
+    async def work() -> None:
         session = await ctxalchemy.db_session(two_engines)
         session.add_all([First(name=name), Second(note="no such note")])
-
-    async def attempt(name: str) -> None:
-        async def endpoint() -> Answer:
-            await work(name)
-            return Answer()
-
-        if how == "middleware":
-            await call(build("asgi", ctxalchemy, endpoint))
-            return
-        async with ctxalchemy.new_ctx():
-            if how == "atomic":
-                async with ctxalchemy.atomic_db_session(two_engines):
-                    await work(name)
-            else:
-                await work(name)
-            if how == "commit_db_session":
-                await ctxalchemy.commit_db_session(two_engines)
 
     # SQLAlchemy chooses which of the two engines is committed first.
     kept: list[str] = []
     for number in range(60):
         name = f"note {number:02}"
         with pytest.raises((ctxalchemy.PartialCommitError, IntegrityError)) as caught:
-            await attempt(name)
+            await commit(ctxalchemy, two_engines, how, work)
         if not isinstance(caught.value, IntegrityError):
             kept.append(name)
             assert (caught.value.committed, caught.value.failed) == ((two_engines,), (two_engines,))
@@ -164,6 +170,56 @@ async def test_session_over_two_engines_that_commits_only_one_raises_a_partial_c
         if kept and len(kept) <= number:
             return
     pytest.fail(f"both orders should have occurred, and one occurred {len(kept)} times of 60")
+
+
+@each_way_to_commit
+async def test_cancellation_after_the_commit_of_the_first_of_two_engines_has_the_note_of_a_partial_commit(
+    ctxalchemy: ModuleType, schema: Schema, two_engines: Any, how: str
+) -> None:
+    """The server delays the COMMIT of one engine, and the request is cancelled meanwhile."""
+
+    async def work() -> None:
+        session = await ctxalchemy.db_session(two_engines)
+        session.add_all([First(name=f"slow {number}"), Second(note=f"parent {number}")])
+
+    async def is_terminated() -> bool:
+        return pid not in await pids(schema)
+
+    # SQLAlchemy chooses which of the two engines is committed first.
+    orders = set[bool]()
+    for number in range(60):
+        await schema.observer.execute("INSERT INTO note VALUES ($1)", f"parent {number}")
+        async with CommitGate.close(schema) as gate:
+            task = asyncio.create_task(commit(ctxalchemy, two_engines, how, work))
+            await gate.reached()
+            pid = await schema.observer.fetchval(
+                "SELECT pid FROM pg_stat_activity WHERE application_name = $1 AND wait_event = 'advisory'", schema.name
+            )
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError) as caught:
+                await task
+        assert await eventually(is_terminated)
+        await schema.observer.execute("DROP TRIGGER slow ON note; DROP FUNCTION wait_at_commit()")
+        committed: int = await schema.observer.fetchval(
+            "SELECT count(*) FROM child WHERE note = $1", f"parent {number}"
+        )
+        notes = [note for note in getattr(caught.value, "__notes__", []) if "had been committed" in note]
+        assert len(notes) == committed
+        assert_has_no_cycle(caught.value)
+        orders.add(committed == 1)
+        if len(orders) == 2:
+            return
+    pytest.fail(f"both orders should have occurred, and only one did: {orders}")
+
+
+def assert_has_no_cycle(error: BaseException) -> None:
+    """Code that follows the causes and contexts of an error, such as a logger, must come to an end."""
+    seen = set[int]()
+    current: BaseException | None = error
+    while current is not None:
+        assert id(current) not in seen
+        seen.add(id(current))
+        current = current.__cause__ or current.__context__
 
 
 async def test_thousand_refused_commits_open_no_new_connection(

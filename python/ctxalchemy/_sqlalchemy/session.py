@@ -274,7 +274,7 @@ def _commit_several(session: AsyncSession, connections: list[Connection]) -> Non
         event.listen(connection, "commit", lambda connection: begun.append(connection))
     try:
         _call(session, "commit")
-    except Exception as error:
+    except BaseException as error:
         if len(begun) > 1:
             _invalidate(session, connections)
             raise PartlyCommittedError from error
