@@ -46,6 +46,8 @@ SIGNATURES = {
         "commit_all_sessions": "(before_commit=None)",
         "rollback_all_sessions": "()",
         "close_all_sessions": "()",
+        "on_commit": "(connect, callback)",
+        "on_rollback": "(connect, callback)",
         "auto_commit_by_status_code": "(status_code, before_commit=None)",
         "ASGIHTTPDBSessionMiddleware": "(app, before_commit=None, *, commit_if=None, websocket=False)",
     },

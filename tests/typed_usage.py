@@ -30,6 +30,8 @@ from ctxalchemy import (
     new_ctx,
     new_non_ctx_atomic_session,
     new_non_ctx_session,
+    on_commit,
+    on_rollback,
     pop_db_session_from_context,
     put_db_session_to_context,
     reset_db_session_ctx,
@@ -100,6 +102,9 @@ async def sessions(db: DBConnect) -> None:
     hook: BeforeCommitCallback = before_commit
     await commit_all_sessions(hook)
     await auto_commit_by_status_code(200, before_commit=hook)
+    on_commit(db, lambda: print("committed"))
+    on_rollback(db, callback=close_all_sessions)
+    on_commit(db, before_commit)  # type: ignore[arg-type]
     await db_session("not a database")  # type: ignore[arg-type]
     atomic_db_session(db, "never")  # type: ignore[arg-type]
 

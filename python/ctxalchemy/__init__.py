@@ -26,6 +26,7 @@ from ._errors import (
     ContextNotInitiatedError,
     SessionNotReadyError,
 )
+from ._hooks import on_commit, on_rollback
 from ._in_new_ctx import in_new_ctx
 from ._middleware import ASGIHTTPDBSessionMiddleware, CommitIf
 
@@ -58,6 +59,8 @@ __all__ = [
     "new_ctx",
     "new_non_ctx_atomic_session",
     "new_non_ctx_session",
+    "on_commit",
+    "on_rollback",
     "pop_db_session_from_context",
     "put_db_session_to_context",
     "reset_db_session_ctx",

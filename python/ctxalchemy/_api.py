@@ -14,7 +14,7 @@ from ._backend import SessionStore, current_context, db_session
 from ._complete import BeforeCommitCallback
 from ._db_connect import DBConnect
 from ._errors import closed_context, no_context, see
-from ._sqlalchemy.session import close_session, closing, rollback_session
+from ._sqlalchemy.session import close_session, closing
 
 CurrentTransaction = Literal["commit", "rollback", "append", "raise", "savepoint"]
 """What ``atomic_db_session`` does with a transaction that is already open."""
@@ -61,7 +61,7 @@ async def _atomic_db_session(
         if current_transaction == "commit":
             await _complete.commit_one(connect, session)
         elif current_transaction == "rollback":
-            await rollback_session(session)
+            await _complete.rollback_one(session)
         elif current_transaction == "raise":
             raise InvalidRequestError(
                 "a transaction is already open on this session: commit or roll it back first, or pass a "
@@ -105,7 +105,7 @@ async def rollback_db_session(connect: DBConnect) -> None:
     """
     session = get_db_session_from_context(connect)
     if session is not None and session.in_transaction():
-        await rollback_session(session)
+        await _complete.rollback_one(session)
 
 
 async def close_db_session(connect: DBConnect) -> None:
@@ -125,7 +125,7 @@ async def close_db_session(connect: DBConnect) -> None:
     """
     session = pop_db_session_from_context(connect)
     if session is not None:
-        await close_session(session)
+        await _complete.with_callbacks(current_context(), close_session(session))
 
 
 def get_db_session_from_context(connect: DBConnect) -> AsyncSession | None:
@@ -200,7 +200,8 @@ async def commit_all_sessions(before_commit: BeforeCommitCallback | None = None)
     Example:
         >>> await commit_all_sessions()
     """
-    await _complete.commit_all(_open_context(), before_commit)
+    store = _open_context()
+    await _complete.with_callbacks(store, _complete.commit_all(store, before_commit), before_commit)
 
 
 async def rollback_all_sessions() -> None:
@@ -214,7 +215,8 @@ async def rollback_all_sessions() -> None:
     Example:
         >>> await rollback_all_sessions()
     """
-    await _complete.roll_back_all(_open_context())
+    store = _open_context()
+    await _complete.with_callbacks(store, _complete.roll_back_all(store))
 
 
 async def close_all_sessions() -> None:
@@ -230,8 +232,9 @@ async def close_all_sessions() -> None:
     Example:
         >>> await close_all_sessions()
     """
-    if sessions := _complete.close_without_io(_open_context().clear()):
-        await _complete.close_all(sessions)
+    store = _open_context()
+    if sessions := _complete.close_without_io(store.clear()):
+        await _complete.with_callbacks(store, _complete.close_all(sessions))
 
 
 async def auto_commit_by_status_code(status_code: int, before_commit: BeforeCommitCallback | None = None) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from weakref import ref
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from . import _logging
+from ._backend import current_context
 from ._errors import see
 from ._sqlalchemy.session import (
     PartlyCommittedError,
@@ -18,11 +20,14 @@ from ._sqlalchemy.session import (
     commit_session,
     flush_session,
     release_savepoint,
+    rollback_session,
     rollbacks,
     savepoint_rollbacks,
 )
 
 if TYPE_CHECKING:
+    from sqlalchemy.orm import Session
+
     from ._backend import SessionStore
     from ._db_connect import DBConnect
 
@@ -65,8 +70,64 @@ def is_begun(store: SessionStore) -> bool:
     return False
 
 
+class Callbacks(Protocol):
+    """The callbacks of one context that run after its transactions: see ``_hooks``."""
+
+    def add(self, session: Session, callback: Callable[[], object], is_on_commit: bool) -> None: ...
+    async def run(self, before_commit: BeforeCommitCallback | None = None, defer: bool = False) -> None: ...
+    async def run_after(self, error: BaseException) -> None: ...
+    def raise_deferred(self) -> None: ...
+
+
+callbacks: dict[ref[SessionStore], Callbacks] = {}
+"""The contexts that have callbacks.  As long as there are none, all other code only checks whether this is empty."""
+
+
+async def run_callbacks(
+    store: SessionStore, before_commit: BeforeCommitCallback | None = None, defer: bool = False
+) -> None:
+    """Run the callbacks of a context whose transactions have ended.
+
+    Args:
+        store: the context.
+        before_commit: awaited with each session that a callback has begun, before it is committed.
+        defer: the exception of a callback is not raised here, but by ``raise_deferred``.
+    """
+    if (own := callbacks.get(ref(store))) is not None:
+        await own.run(before_commit, defer)
+
+
+async def run_callbacks_after(store: SessionStore, error: BaseException) -> None:
+    """Run them because of an error.  Their exceptions, and those that were deferred, become notes of the error."""
+    if (own := callbacks.get(ref(store))) is not None:
+        await own.run_after(error)
+
+
+def raise_deferred(store: SessionStore) -> None:
+    """Raise the exceptions of callbacks that were deferred."""
+    if (own := callbacks.get(ref(store))) is not None:
+        own.raise_deferred()
+
+
+async def with_callbacks(
+    store: SessionStore | None, work: Awaitable[None], before_commit: BeforeCommitCallback | None = None
+) -> None:
+    """Await work that ends transactions of a context, then run their callbacks, even if the work fails."""
+    try:
+        await work
+    except BaseException as error:
+        if callbacks and store is not None:
+            await run_callbacks_after(store, error)
+        raise
+    if callbacks and store is not None:
+        await run_callbacks(store, before_commit)
+
+
 async def commit_all(
-    store: SessionStore, before_commit: BeforeCommitCallback | None = None, streaming: bool = False
+    store: SessionStore,
+    before_commit: BeforeCommitCallback | None = None,
+    streaming: bool = False,
+    skip: dict[int, AsyncSession] | None = None,
 ) -> None:
     """Commit all sessions that are in a transaction, including those that a hook or another task begins meanwhile.
 
@@ -74,8 +135,9 @@ async def commit_all(
         store: the context.
         before_commit: awaited with each session before it is committed.
         streaming: other tasks may begin to use the sessions during the commit.
+        skip: the sessions to leave alone, by their ids.
     """
-    seen: dict[int, AsyncSession] = {}
+    seen = skip.copy() if skip else {}
     committed: list[DBConnect] = []
     failed: list[DBConnect] = []
     try:
@@ -102,7 +164,7 @@ async def commit_all(
         if isinstance(failure, PartlyCommittedError):
             committed += failed
             error = _cause(failure)
-        begun = _begun(store, {})
+        begun = _begun(store, skip.copy() if skip else {})
         failed += [database for database, _ in begun if database not in failed]
         partial = PartialCommitError(committed, failed) if committed else None
         try:
@@ -118,7 +180,16 @@ async def commit_all(
 
 
 async def commit_one(database: DBConnect, session: AsyncSession) -> None:
-    """Commit the session of one database."""
+    """Commit the session of one database, and run its callbacks."""
+    await with_callbacks(current_context(), _commit_one(database, session))
+
+
+async def rollback_one(session: AsyncSession) -> None:
+    """Roll back one session, and run its callbacks."""
+    await with_callbacks(current_context(), rollback_session(session))
+
+
+async def _commit_one(database: DBConnect, session: AsyncSession) -> None:
     try:
         await commit_session(session)
     except PartlyCommittedError as failure:
@@ -137,6 +208,8 @@ async def atomic(database: DBConnect, session: AsyncSession) -> AsyncIterator[No
     except BaseException as error:
         if session.in_transaction():
             await rollbacks.run_after(error, [session])
+            if callbacks and (store := current_context()) is not None:
+                await run_callbacks_after(store, error)
         raise
 
 
@@ -187,9 +260,18 @@ async def abort(store: SessionStore, error: BaseException) -> None:
     """Roll back and close a context because of an error.  Failures of this cleanup become notes of the error."""
     if _logging.logged_contexts:
         _logging.log_context(store, "rolling back because of %s", type(error).__name__)
-        _logging.log_context_closed(store)
-    if sessions := close_without_io(store.close()):
-        await closings.run_after(error, sessions)
+    try:
+        if callbacks and ref(store) in callbacks:
+            # The callbacks may use the context, which is closed after them.
+            try:
+                await rollbacks.run_after(error, _each_begun(store))
+            finally:
+                await run_callbacks_after(store, error)
+    finally:
+        if _logging.logged_contexts:
+            _logging.log_context_closed(store)
+        if sessions := close_without_io(store.close()):
+            await closings.run_after(error, sessions)
 
 
 def _each_begun(store: SessionStore) -> Iterator[AsyncSession]:

@@ -12,9 +12,7 @@ from . import _complete, _logging
 from ._backend import SessionStore, current_context, open_context, reset_context
 
 if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncSession
-
-    from ._db_connect import DBConnect
+    pass
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -48,23 +46,21 @@ async def reset_db_session_ctx(token: Token[SessionStore | None], with_close: bo
     if store is not None and store.token is token is not None:
         # This comes first, because it fails if the token belongs to another task.
         reset_context(store)
-        if _logging.logged_contexts:
-            _logging.log_context_closed(store)
-        items = store.close()
+        stores = [store]
     else:
-        items = _close_nested(token)
-    if with_close and (sessions := _complete.close_without_io(items)):
-        await _complete.close_all(sessions)
-
-
-def _close_nested(token: Token[SessionStore | None]) -> list[tuple[DBConnect, AsyncSession]]:
-    """Close the current context and the outer ones up to that of the token, and return what they contained."""
-    stores = _opened_since(token)
+        stores = _opened_since(token)
+        for store in stores:
+            reset_context(store)
+    items = []
     for store in stores:
-        reset_context(store)
         if _logging.logged_contexts:
             _logging.log_context_closed(store)
-    return [item for store in stores for item in store.close()]
+        items += store.close()
+    if with_close and (sessions := _complete.close_without_io(items)):
+        closing = _complete.close_all(sessions)
+        for store in stores:
+            closing = _complete.with_callbacks(store, closing)
+        await closing
 
 
 def _opened_since(token: Token[SessionStore | None]) -> list[SessionStore]:
@@ -105,11 +101,13 @@ async def new_ctx() -> AsyncIterator[None]:
     try:
         yield
         await _complete.commit_all(store)
+        if _complete.callbacks:
+            await _complete.run_callbacks(store)
         items = store.close()
         if _logging.logged_contexts:
             _logging.log_context_closed(store)
         if sessions := _complete.close_without_io(items):
-            await _complete.close_all(sessions)
+            await _complete.with_callbacks(store, _complete.close_all(sessions))
     except BaseException as error:
         await _complete.abort(store, error)
         raise

@@ -64,3 +64,16 @@ def context_already_open() -> ContextAlreadyInitiatedError:
         "a database session context is already open here: reset it first, or pass force=True to open a nested one"
         + see("api.md#contexts")
     )
+
+
+_AFTER_TRANSACTION = "_ctxalchemy_after_transaction"
+
+
+def mark_as_after_transaction(error: BaseException) -> None:
+    """Record that this error was raised by a callback, after a transaction had ended."""
+    setattr(error, _AFTER_TRANSACTION, True)
+
+
+def is_after_transaction(error: BaseException) -> bool:
+    """Return whether a callback raised this error after a transaction had ended, which the error says nothing about."""
+    return getattr(error, _AFTER_TRANSACTION, False)

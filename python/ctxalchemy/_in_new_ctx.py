@@ -10,6 +10,7 @@ from random import uniform
 from typing import Any, ParamSpec, TypeVar, overload
 
 from ._context import run
+from ._errors import is_after_transaction
 from ._logging import logger
 from ._sqlalchemy.drivers import is_serialization_failure
 
@@ -89,7 +90,8 @@ async def _run_with_attempts(
             try:
                 return await run(function, args, kwargs)
             except Exception as error:
-                if not is_serialization_failure(error):
+                # If a callback raised it, the transaction has been committed.
+                if not is_serialization_failure(error) or is_after_transaction(error):
                     raise
                 # Only the text: the traceback of the error would keep its sessions alive.
                 earlier.append(f"attempt {attempt} of {attempts} failed: {type(error).__name__}: {error}")

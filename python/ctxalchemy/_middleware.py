@@ -101,12 +101,15 @@ class ASGIHTTPDBSessionMiddleware:
                     await _complete.commit_all(store, self.before_commit)
                 else:
                     await _complete.roll_back_all(store)
+            if _complete.callbacks:
+                await _complete.run_callbacks(store, self.before_commit)
+                _complete.raise_deferred(store)
             items = store.close()
             if _logging.logged_contexts:
                 # Even if the application has closed its sessions itself.
                 _logging.log_context_closed(store)
             if items and (sessions := _complete.close_without_io(items)):
-                await _complete.close_all(sessions)
+                await _complete.with_callbacks(store, _complete.close_all(sessions))
         except BaseException as error:
             await _complete.abort(store, error)
             raise
@@ -156,6 +159,8 @@ class _Response:
             raise
         for _, session in self._store.items():  # noqa: PERF102 - this is not a dict.
             leave_begin_block(session)
+        if _complete.callbacks:
+            await _complete.run_callbacks(self._store, self._middleware.before_commit, defer=True)
         self.started = True
         await self._send(message)
 

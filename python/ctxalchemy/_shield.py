@@ -96,11 +96,15 @@ class Cleanup(Generic[T]):
     Args:
         operation: awaited with each item.
         terminate: called with each remaining item if nothing can be awaited any more.
+        items: what the items are, for messages.
     """
 
-    def __init__(self, operation: Callable[[T], Awaitable[None]], terminate: Callable[[T], None]) -> None:
+    def __init__(
+        self, operation: Callable[[T], Awaitable[None]], terminate: Callable[[T], None], items: str = "sessions"
+    ) -> None:
         self._operation = operation
         self._terminate = terminate
+        self._items = items
 
     async def run(self, items: Iterable[T], done: str) -> None:
         """Do it for all items, then raise the failure, or an ``ExceptionGroup`` of several failures."""
@@ -114,9 +118,9 @@ class Cleanup(Generic[T]):
                     await self._run_remaining(remaining, failures, error)
                 except BaseException as cancelled:
                     for failure in failures:
-                        add_note(cancelled, f"while sessions were being {done}", failure)
+                        add_note(cancelled, f"while {self._items} were being {done}", failure)
                     raise
-                raise_all(failures, f"several sessions could not be {done}")
+                raise_all(failures, f"several {self._items} could not be {done}")
 
     async def run_after(self, error: BaseException, items: Iterable[T]) -> None:
         """Do it for all items because of ``error``.  Failures become notes of ``error``."""
@@ -162,5 +166,5 @@ def raise_all(failures: list[BaseException], message: str) -> NoReturn:
     if others and all(isinstance(each, Exception) for each in failures):
         raise BaseExceptionGroup(message, failures)
     for later in others:
-        add_note(first, "and for another session", later)
+        add_note(first, "and after that", later)
     raise first

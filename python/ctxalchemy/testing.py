@@ -66,7 +66,7 @@ async def set_test_context(auto_close: bool = False) -> AsyncIterator[None]:
     try:
         yield
         if auto_close:
-            await _complete.commit_all(store)
+            await _complete.with_callbacks(store, _complete.commit_all(store))
     except BaseException as error:
         if auto_close:
             await _complete.abort(store, error)
@@ -108,6 +108,8 @@ async def put_savepoint_session_in_ctx(connection: DBConnect, session: AsyncSess
         try:
             yield inner
         finally:
+            if _complete.callbacks and inner.in_transaction():
+                await _complete.rollback_one(inner)
             if get_db_session_from_context(connection) is inner:
                 pop_db_session_from_context(connection)
 

@@ -324,6 +324,22 @@ async def test_partial_commit_is_not_repeated(
     await assert_whole(ctxalchemy, schema, db, other_db, rival_db, notes=["committed", *rival.notes])
 
 
+async def test_serialization_failure_of_a_callback_does_not_repeat_the_committed_function(
+    ctxalchemy: ModuleType, schema: Schema, db: Any
+) -> None:
+    async def fail() -> None:
+        session = await ctxalchemy.db_session(db)
+        await session.execute(text("DO $$ BEGIN RAISE 'callback' USING ERRCODE = '40001'; END $$"))
+
+    async def work() -> None:
+        await add_note(await ctxalchemy.db_session(db), "once")
+        ctxalchemy.on_commit(db, fail)
+
+    error = await assert_runs_once(ctxalchemy, work, DBAPIError)
+    assert sqlstate_of(error) == "40001"  # type: ignore[arg-type]
+    assert await count_notes(schema, "once") == 1
+
+
 @pytest.mark.usefixtures("rows")
 async def test_serialization_failure_that_the_function_swallows_counts_by_the_error_of_the_commit(
     ctxalchemy: ModuleType, schema: Schema, db_per_driver: Any, rival_db: Any

@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 _METHODS = {method: getattr(AsyncSession, method) for method in ("flush", "commit", "rollback", "close")}
 _REFUSED = "ctxalchemy: connections are refused"
 
+ending: set[int] = set()
+"""The ids of the sessions whose transactions are being ended here, and not by the application itself."""
+
 
 class PartlyCommittedError(Exception):
     """A session uses several engines, and a commit failed after the commit on another engine had succeeded.
@@ -409,9 +412,12 @@ def _invalidate(session: AsyncSession, connections: Iterable[Connection] = ()) -
         except BaseException as error:
             failures.append(error)
     try:
+        ending.add(id(session))
         session.sync_session.invalidate()
     except IllegalStateChangeError:
         _refuse_connections(session, _rolled_back)
+    finally:
+        ending.discard(id(session))
     if failures:
         raise_all(failures, "several connections could not be invalidated")
 
@@ -441,10 +447,14 @@ def _refuse_connection(session: Session, _transaction: SessionTransaction, conne
 
 
 def _call(session: AsyncSession, method: str) -> None:
-    if _is_original(session, method):
-        getattr(session.sync_session, method)()
-    else:
-        await_only(getattr(session, method)())
+    ending.add(id(session))
+    try:
+        if _is_original(session, method):
+            getattr(session.sync_session, method)()
+        else:
+            await_only(getattr(session, method)())
+    finally:
+        ending.discard(id(session))
 
 
 def _own_connections(session: AsyncSession) -> list[Connection]:
