@@ -15,10 +15,12 @@ if TYPE_CHECKING:
 
 SIGNATURES = {
     "ctxalchemy": {
-        "DBConnect": "(engine_creator, session_maker_creator, host=None, before_create_session_handler=None)",
+        "DBConnect": "(engine_creator, session_maker_creator, host=None, before_create_session_handler=None, "
+        "*, required_settings=())",
         "DBConnect.from_url": (
             "(url, *, before_create_session_handler=None, session_class=<class "
-            "'sqlalchemy.ext.asyncio.session.AsyncSession'>, session_options=None, **engine_options)"
+            "'sqlalchemy.ext.asyncio.session.AsyncSession'>, session_options=None, required_settings=(), "
+            "**engine_options)"
         ),
         "DBConnect.connect": "(self, host)",
         "DBConnect.change_host": "(self, host)",
@@ -49,6 +51,7 @@ SIGNATURES = {
         "on_commit": "(connect, callback)",
         "on_rollback": "(connect, callback)",
         "auto_commit_by_status_code": "(status_code, before_commit=None)",
+        "set_local": "(connect, settings)",
         "ASGIHTTPDBSessionMiddleware": "(app, before_commit=None, *, commit_if=None, websocket=False)",
     },
     "ctxalchemy.starlette": {
@@ -71,6 +74,7 @@ ERRORS = {
     "ContextClosedError": "ContextNotInitiatedError",
     "ContextAlreadyInitiatedError": "RuntimeError",
     "SessionNotReadyError": "RuntimeError",
+    "MissingSettingsError": "RuntimeError",
     "PartialCommitError": "RuntimeError",
 }
 TYPES = {"BeforeCommitCallback", "CommitIf", "CurrentTransaction"}
@@ -90,6 +94,7 @@ COROUTINE_FUNCTIONS = [
     "rollback_all_sessions",
     "close_all_sessions",
     "auto_commit_by_status_code",
+    "set_local",
 ]
 
 

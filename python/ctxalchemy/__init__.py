@@ -15,6 +15,7 @@ from ._api import (
     put_db_session_to_context,
     rollback_all_sessions,
     rollback_db_session,
+    set_local,
 )
 from ._backend import BACKEND, db_session, db_session_nowait, init_db_session_ctx, is_context_initiated
 from ._complete import BeforeCommitCallback, PartialCommitError
@@ -24,6 +25,7 @@ from ._errors import (
     ContextAlreadyInitiatedError,
     ContextClosedError,
     ContextNotInitiatedError,
+    MissingSettingsError,
     SessionNotReadyError,
 )
 from ._hooks import on_commit, on_rollback
@@ -42,6 +44,7 @@ __all__ = [
     "ContextNotInitiatedError",
     "CurrentTransaction",
     "DBConnect",
+    "MissingSettingsError",
     "PartialCommitError",
     "SessionNotReadyError",
     "atomic_db_session",
@@ -67,6 +70,7 @@ __all__ = [
     "rollback_all_sessions",
     "rollback_db_session",
     "run_in_new_ctx",
+    "set_local",
 ]
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Literal, get_args
 
 from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from . import _complete
+from . import _complete, _settings
 from ._backend import SessionStore, current_context, db_session
 from ._complete import BeforeCommitCallback
 from ._db_connect import DBConnect
@@ -165,6 +165,8 @@ def put_db_session_to_context(connection: DBConnect, session: AsyncSession) -> N
     if store is None:
         raise no_context()
     store.put(connection, session)
+    if _settings.contexts or connection.required_settings:
+        _settings.attach(store, connection, session, connection.required_settings)
 
 
 def pop_db_session_from_context(connect: DBConnect) -> AsyncSession | None:
@@ -181,6 +183,39 @@ def pop_db_session_from_context(connect: DBConnect) -> AsyncSession | None:
     """
     store = current_context()
     return None if store is None else store.pop(connect)
+
+
+async def set_local(connect: DBConnect, settings: Mapping[str, str]) -> None:
+    """Set PostgreSQL settings for each transaction of the context's session, from the current transaction on.
+
+    A setting ends with its transaction, as with ``SET LOCAL``, and is applied again when the next transaction of this
+    context begins.  It therefore survives commits, rollbacks and ``close_db_session``, and never reaches another
+    context that uses the same connection.  ``new_ctx`` and ``run_in_new_ctx`` inherit the settings.
+
+    If the session has a connection checked out, the settings are applied at once.  If this fails, the context keeps the
+    settings that it had before.  Otherwise nothing is sent: the settings are applied before the first statement of the
+    next transaction, and if this fails, that statement raises the exception.  Either way, this takes one statement in
+    each transaction, whatever the number of settings.
+
+    Args:
+        connect: the database.
+        settings: the values by name.  A name of the application's own must contain a dot.  A value is a str, with a
+            unit where PostgreSQL expects one, such as ``"5s"``.
+
+    Raises:
+        TypeError: a name or a value is not a str.
+        ValueError: there are no settings, a name is invalid, or a value contains a NUL character.
+        sqlalchemy.exc.InvalidRequestError: the database is not PostgreSQL, or its connection is in autocommit mode.
+        sqlalchemy.exc.DBAPIError: PostgreSQL refused a setting.  The transaction is then aborted.
+        ContextNotInitiatedError: no context is open.
+        ContextClosedError: the context is closed.
+
+    Example:
+        >>> await set_local(db, {"app.tenant_id": "42", "statement_timeout": "5s"})
+    """
+    values = _settings.check_values(settings)
+    session = await db_session(connect)
+    await _settings.apply(_open_context(), connect, session, connect.required_settings, values)
 
 
 async def commit_all_sessions(before_commit: BeforeCommitCallback | None = None) -> None:

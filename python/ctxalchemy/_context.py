@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from contextvars import Token
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from . import _complete, _logging
+from . import _complete, _logging, _settings
 from ._backend import SessionStore, current_context, open_context, reset_context
 
 if TYPE_CHECKING:
@@ -97,7 +97,10 @@ async def new_ctx() -> AsyncIterator[None]:
         ...     session = await db_session(db)
         ...     session.add(Job(name="nightly"))
     """
+    outer = current_context()
     store = open_context()
+    if _settings.contexts:
+        _settings.inherit(outer, store)
     try:
         yield
         await _complete.commit_all(store)

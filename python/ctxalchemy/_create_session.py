@@ -7,6 +7,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Protocol
 from weakref import WeakValueDictionary
 
+from . import _settings
 from ._db_connect import DBConnect, new_session
 from ._errors import SessionNotReadyError, closed_context, see
 from ._logging import DEBUG, is_enabled_for, log_session_created
@@ -42,6 +43,8 @@ async def create_session(store: Store, connect: DBConnect) -> AsyncSession:
     if connect.before_create_session_handler is None:
         session = new_session(connect)
         store.put(connect, session)
+        if _settings.contexts or connect.required_settings:
+            _settings.attach(store, connect, session, connect.required_settings)
         if is_enabled_for(DEBUG):
             log_session_created(store, connect)
         return session
@@ -69,6 +72,8 @@ async def create_session(store: Store, connect: DBConnect) -> AsyncSession:
             await close_session(session)
             return put_meanwhile
         store.put(connect, session)
+        if _settings.contexts or connect.required_settings:
+            _settings.attach(store, connect, session, connect.required_settings)
         if is_enabled_for(DEBUG):
             log_session_created(store, connect)
         return session
@@ -90,6 +95,8 @@ def create_session_nowait(store: Store, connect: DBConnect) -> AsyncSession:
         )
     session = new_session(connect)
     store.put(connect, session)
+    if _settings.contexts or connect.required_settings:
+        _settings.attach(store, connect, session, connect.required_settings)
     if is_enabled_for(DEBUG):
         log_session_created(store, connect)
     return session

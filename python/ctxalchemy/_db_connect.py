@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import inspect
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 
 from ._engine import LoopEngine, check_engine, close_connections
+from ._settings import check_names
 from ._shield import add_note, raise_all, shield
 from ._url import create_memory_engine, host_in, parse_url, replace_host, shared_memory_url
 
@@ -41,10 +42,14 @@ class DBConnect:
         host: the host to connect to, if it is known already.  Otherwise call ``connect(host)``.
         before_create_session_handler: awaited with this object before each new session, and by ``session_maker()``.
             The handler may change the host.
+        required_settings: the names of PostgreSQL settings.  A transaction in a context that has not set them with
+            ``set_local`` raises ``MissingSettingsError`` before its first statement.  Sessions outside any context are
+            not checked.
 
     Raises:
-        TypeError: a creator or the handler is not a function, or a creator is async.
-        ValueError: the host is empty.
+        TypeError: a creator or the handler is not a function, a creator is async, or ``required_settings`` has the wrong
+            type.
+        ValueError: the host is empty, or a name in ``required_settings`` is invalid.
 
     Example:
         >>> db = DBConnect(
@@ -60,6 +65,8 @@ class DBConnect:
         session_maker_creator: SessionMakerCreator,
         host: str | None = None,
         before_create_session_handler: BeforeCreateSessionHandler | None = None,
+        *,
+        required_settings: Iterable[str] = (),
     ) -> None:
         _check_creator("engine_creator", engine_creator, "takes the host and returns an AsyncEngine")
         _check_creator(
@@ -77,6 +84,7 @@ class DBConnect:
         self.before_create_session_handler = before_create_session_handler
         self.host = host
         """The current host, or None if no host has been set."""
+        self.required_settings = check_names(required_settings)
         # Event loops in several threads may change the host, and the next two, which are changed together.  No creator
         # is called with this lock, and nothing is awaited.
         self._lock = Lock()
@@ -91,6 +99,7 @@ class DBConnect:
         before_create_session_handler: BeforeCreateSessionHandler | None = None,
         session_class: type[AsyncSession] = AsyncSession,
         session_options: Mapping[str, Any] | None = None,
+        required_settings: Iterable[str] = (),
         **engine_options: Any,
     ) -> DBConnect:
         """Create a database object from a URL.  By default, its sessions do not expire on commit.
@@ -106,6 +115,7 @@ class DBConnect:
             before_create_session_handler: as for ``DBConnect``.
             session_class: the class of the sessions.
             session_options: options of the sessions, such as ``{"autoflush": False}``.
+            required_settings: as for ``DBConnect``.
             engine_options: options of ``create_async_engine``, such as ``pool_size``.
 
         Raises:
@@ -146,7 +156,13 @@ class DBConnect:
                 "DBConnect.from_url passes its options to create_async_engine, and session_options to the session"
             )
             raise
-        return cls(create_engine, create_session_maker, first_host, before_create_session_handler)
+        return cls(
+            create_engine,
+            create_session_maker,
+            first_host,
+            before_create_session_handler,
+            required_settings=required_settings,
+        )
 
     async def connect(self, host: str) -> None:
         """Set the host and build its engine.

@@ -30,6 +30,10 @@ class SessionNotReadyError(RuntimeError):
     """The session does not exist yet, and a synchronous call cannot wait until it is created."""
 
 
+class MissingSettingsError(RuntimeError):
+    """A transaction has begun without the transaction settings that its database requires."""
+
+
 def no_context() -> ContextNotInitiatedError:
     """Return the error for a call without a context."""
     return ContextNotInitiatedError(

@@ -66,6 +66,11 @@ def _statement_lock(connection: Connection) -> asyncio.Lock | None:
     return statement_lock(connection)
 
 
+def is_autocommit(connection: Connection) -> bool:
+    """Return whether each statement on the connection is a transaction of its own (asyncpg and psycopg)."""
+    return bool(getattr(connection.connection.dbapi_connection, "autocommit", False))
+
+
 def reports_in_use(error: BaseException) -> bool:
     """Return whether asyncpg refuses because another task is executing a statement or fetching from a cursor."""
     return "another operation is in progress" in str(error)

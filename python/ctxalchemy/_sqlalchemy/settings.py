@@ -1,0 +1,120 @@
+"""Apply transaction settings to the transactions of one session.
+
+PostgreSQL resets a local setting when its transaction ends, and when the savepoint is rolled back in which it was set.
+Listeners on the session apply all settings again, with one statement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from sqlalchemy import TextClause, event, text
+from sqlalchemy.exc import InvalidRequestError
+
+from .._errors import MissingSettingsError, see
+from .drivers import is_autocommit
+from .internals import connections_of
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
+    from sqlalchemy.orm import Session, SessionTransaction
+
+_PAGE = see("guides/multi-tenant.md")
+
+
+class Settings:
+    """The settings of one context for one database.
+
+    Args:
+        database: the database.  While this object exists, no other database has the same id.
+        required: the names of the settings without which no transaction may begin.
+        values: the values by name.
+    """
+
+    __slots__ = ("database", "required", "values")
+
+    def __init__(self, database: object, required: tuple[str, ...], values: dict[str, str]) -> None:
+        self.database = database
+        self.required = required
+        self.values = values
+
+
+class SettingsListener:
+    """Applies the settings of a context to the transactions of one session."""
+
+    def __init__(self, session: Session, settings: Settings) -> None:
+        self.settings = settings
+        self._set_in_savepoint = False
+        self._refused: SessionTransaction | None = None
+        event.listen(session, "after_begin", self._on_begin)
+        event.listen(session, "after_soft_rollback", self._on_rollback)
+
+    def _on_begin(self, session: Session, transaction: SessionTransaction, connection: Connection) -> None:
+        if not transaction.nested:
+            self._set_in_savepoint = False
+            self._apply(session, [connection])
+
+    def _on_rollback(self, session: Session, transaction: SessionTransaction) -> None:
+        if transaction.nested and self._set_in_savepoint:
+            self.apply_now(session)
+
+    def apply_now(self, session: Session) -> None:
+        """Apply the settings to the open transaction.  If it has no connection yet, they are applied at its begin."""
+        self._set_in_savepoint = session.in_nested_transaction()
+        connections = [connection for connection, _ in connections_of(session)]
+        self._apply(session, [each for each in connections if not each.closed and not each.invalidated])
+
+    def _apply(self, session: Session, connections: Iterable[Connection]) -> None:
+        self._refused = None
+        for connection in connections:
+            try:
+                _execute(connection, self.settings)
+            except BaseException:
+                # The session has its connection, and would execute the next statement without the settings.
+                self._refused = session.get_transaction()
+                if not event.contains(connection, "before_cursor_execute", self._refuse):
+                    event.listen(connection, "before_cursor_execute", self._refuse)
+                raise
+
+    def _refuse(self, _connection: Connection, _cursor: object, statement: str, *_: object) -> None:
+        if self._refused is not None and self._refused.is_active and not statement.startswith("ROLLBACK"):
+            _check(self.settings)
+            raise InvalidRequestError(
+                "this transaction cannot be used, because its settings could not be applied: roll it back" + _PAGE
+            )
+
+
+def _execute(connection: Connection, settings: Settings) -> None:
+    if not settings.required and not settings.values:
+        return
+    check_dialect(connection.dialect.name)
+    _check(settings)
+    if is_autocommit(connection):
+        raise InvalidRequestError(
+            "transaction settings need a transaction, and this connection is in autocommit mode" + _PAGE
+        )
+    parameters: dict[str, str] = {}
+    for number, (name, value) in enumerate(settings.values.items()):
+        parameters |= {f"name_{number}": name, f"value_{number}": value}
+    connection.execute(_statement(len(settings.values)), parameters).close()
+
+
+def _check(settings: Settings) -> None:
+    if missing := [name for name in settings.required if name not in settings.values]:
+        raise MissingSettingsError(
+            f"this database requires transaction settings that the context does not have: {', '.join(missing)}; "
+            "call 'await set_local(connect, {...})' before the first statement" + _PAGE
+        )
+
+
+@lru_cache
+def _statement(count: int) -> TextClause:
+    return text("SELECT " + ", ".join(f"set_config(:name_{each}, :value_{each}, true)" for each in range(count)))
+
+
+def check_dialect(name: str) -> None:
+    """Raise if the database is not PostgreSQL."""
+    if name != "postgresql":
+        raise InvalidRequestError(f"transaction settings need PostgreSQL, and this database is {name}" + _PAGE)
