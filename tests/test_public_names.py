@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 SIGNATURES = {
     "ctxalchemy": {
         "DBConnect": "(engine_creator, session_maker_creator, host=None, before_create_session_handler=None, "
-        "*, required_settings=())",
+        "*, required_settings=(), warn_held=None)",
         "DBConnect.from_url": (
             "(url, *, before_create_session_handler=None, session_class=<class "
             "'sqlalchemy.ext.asyncio.session.AsyncSession'>, session_options=None, required_settings=(), "
-            "**engine_options)"
+            "warn_held=None, **engine_options)"
         ),
         "DBConnect.connect": "(self, host)",
         "DBConnect.change_host": "(self, host)",

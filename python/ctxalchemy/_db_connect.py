@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 
 from ._engine import LoopEngine, check_engine, close_connections
+from ._held import check_seconds, warn_held_connections
 from ._settings import check_names
 from ._shield import add_note, raise_all, shield
 from ._url import create_memory_engine, host_in, parse_url, replace_host, shared_memory_url
@@ -45,11 +46,13 @@ class DBConnect:
         required_settings: the names of PostgreSQL settings.  A transaction in a context that has not set them with
             ``set_local`` raises ``MissingSettingsError`` before its first statement.  Sessions outside any context are
             not checked.
+        warn_held: seconds after which a warning is logged for a connection that is checked out and has executed no
+            statement.  By default, none is logged.
 
     Raises:
-        TypeError: a creator or the handler is not a function, a creator is async, or ``required_settings`` has the wrong
-            type.
-        ValueError: the host is empty, or a name in ``required_settings`` is invalid.
+        TypeError: a creator or the handler is not a function, a creator is async, or ``required_settings`` or
+            ``warn_held`` has the wrong type.
+        ValueError: the host is empty, a name in ``required_settings`` is invalid, or ``warn_held`` is not positive.
 
     Example:
         >>> db = DBConnect(
@@ -67,6 +70,7 @@ class DBConnect:
         before_create_session_handler: BeforeCreateSessionHandler | None = None,
         *,
         required_settings: Iterable[str] = (),
+        warn_held: float | None = None,
     ) -> None:
         _check_creator("engine_creator", engine_creator, "takes the host and returns an AsyncEngine")
         _check_creator(
@@ -85,6 +89,7 @@ class DBConnect:
         self.host = host
         """The current host, or None if no host has been set."""
         self.required_settings = check_names(required_settings)
+        self.warn_held = check_seconds(warn_held)
         # Event loops in several threads may change the host, and the next two, which are changed together.  No creator
         # is called with this lock, and nothing is awaited.
         self._lock = Lock()
@@ -100,6 +105,7 @@ class DBConnect:
         session_class: type[AsyncSession] = AsyncSession,
         session_options: Mapping[str, Any] | None = None,
         required_settings: Iterable[str] = (),
+        warn_held: float | None = None,
         **engine_options: Any,
     ) -> DBConnect:
         """Create a database object from a URL.  By default, its sessions do not expire on commit.
@@ -116,6 +122,7 @@ class DBConnect:
             session_class: the class of the sessions.
             session_options: options of the sessions, such as ``{"autoflush": False}``.
             required_settings: as for ``DBConnect``.
+            warn_held: as for ``DBConnect``.
             engine_options: options of ``create_async_engine``, such as ``pool_size``.
 
         Raises:
@@ -162,6 +169,7 @@ class DBConnect:
             first_host,
             before_create_session_handler,
             required_settings=required_settings,
+            warn_held=warn_held,
         )
 
     async def connect(self, host: str) -> None:
@@ -294,6 +302,8 @@ class DBConnect:
     def _build(self, host: str) -> LoopEngine:
         engine = self.engine_creator(host)
         check_engine(engine)
+        if self.warn_held is not None:
+            warn_held_connections(engine, self.warn_held)
         return LoopEngine(host, engine, self.session_maker_creator(engine))
 
     async def _switch(self, host: str) -> None:

@@ -10,6 +10,7 @@ from . import _complete, _logging
 from ._backend import SessionStore, current_context, open_context, reset_context
 from ._complete import BeforeCommitCallback
 from ._exception_handlers import run_exception_handlers
+from ._holder import SCOPE_KEY
 from ._sqlalchemy.internals import leave_begin_block
 
 # The types of the ASGI specification, as in asgiref and Starlette:
@@ -23,7 +24,6 @@ ASGIApp = Callable[[Any, Any, Any], Awaitable[None]]
 CommitIf = Callable[[int], bool]
 """A function that receives the status of a response and returns whether this status commits."""
 
-_SCOPE_KEY = "ctxalchemy"
 # The messages that contain a response body or its last part.  Two of them belong to extensions of ASGI.
 _BODY = frozenset({"http.response.body", "http.response.pathsend", "http.response.zerocopysend"})
 
@@ -77,7 +77,7 @@ class ASGIHTTPDBSessionMiddleware:
             await self.app(scope, receive, send)
             return
         store = open_context()
-        scope[_SCOPE_KEY] = store
+        scope[SCOPE_KEY] = store
         try:
             if kind == "http":
                 response = _Response(store, send, self)
@@ -230,7 +230,7 @@ def joins_context(scope: Scope, store: SessionStore | None) -> bool:
     """
     if store is None or store.closed:
         return False
-    return scope.get(_SCOPE_KEY) is store or _is_outermost(store)
+    return scope.get(SCOPE_KEY) is store or _is_outermost(store)
 
 
 def _is_outermost(store: SessionStore) -> bool:
@@ -245,4 +245,4 @@ def _is_outermost(store: SessionStore) -> bool:
 
 def mark_context(scope: Scope) -> None:
     """Record that the current context belongs to this request."""
-    scope[_SCOPE_KEY] = current_context()
+    scope[SCOPE_KEY] = current_context()

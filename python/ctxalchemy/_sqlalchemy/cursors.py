@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 
 _FETCHES = "ctxalchemy: fetches"
+ON_FETCH = "ctxalchemy: on fetch"
+"""The key in the ``record_info`` of a connection for a function that is called before (1) and after (-1) each fetch."""
 
 
 def guard_cursors(dialect: Dialect) -> None:
@@ -74,10 +76,15 @@ class ServerSideCursor:
                 + see("guides/streams-and-background-tasks.md#stream-a-large-result")
             )
         info[_FETCHES] = info.get(_FETCHES, 0) + 1
+        on_fetch: Callable[[int], None] | None = info.get(ON_FETCH)
+        if on_fetch is not None:
+            on_fetch(1)
         try:
             return method(*arguments)
         finally:
             info[_FETCHES] -= 1
+            if on_fetch is not None:
+                on_fetch(-1)
 
 
 def is_fetching(connection: Connection) -> bool:

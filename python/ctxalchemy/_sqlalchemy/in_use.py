@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from .._errors import see
+from .._frames import frames
 from .._logging import logger, task_name
 from . import drivers
 from .cursors import is_fetching
@@ -67,7 +67,7 @@ def tasks_using(session: Session) -> str:
     names = [
         task_name(task)
         for task in asyncio.all_tasks()
-        if task is not current and any(_is_method_of(session, frame) for frame in _frames(task.get_coro()))
+        if task is not current and any(_is_method_of(session, frame) for frame in frames(task.get_coro()))
     ]
     return " and ".join(sorted(names)) or "another task"
 
@@ -75,12 +75,3 @@ def tasks_using(session: Session) -> str:
 def _is_method_of(session: Session, frame: FrameType) -> bool:
     instance = frame.f_locals.get("self")
     return isinstance(instance, AsyncSession) and instance.sync_session is session
-
-
-def _frames(awaited: Any) -> Iterator[FrameType]:
-    """Yield the frame of a coroutine, and the frames of what it awaits."""
-    while awaited is not None:
-        frame = getattr(awaited, "cr_frame", None) or getattr(awaited, "ag_frame", None)
-        if frame is not None:
-            yield frame
-        awaited = getattr(awaited, "cr_await", None) or getattr(awaited, "ag_await", None)
