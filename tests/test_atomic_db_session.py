@@ -139,7 +139,7 @@ async def test_raise_refuses_an_open_transaction_and_leaves_it_open(
 async def test_unknown_value_of_current_transaction_is_refused(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
     async with ctxalchemy.new_ctx():
         await add_note(await ctxalchemy.db_session(db), "before")
-        with pytest.raises(ValueError, match="commit, rollback, append, raise, savepoint$"):
+        with pytest.raises(ValueError, match=r"commit, rollback, append, raise, savepoint$"):
             async with ctxalchemy.atomic_db_session(db, "comit"):
                 pytest.fail("the block must not run")
         assert await schema.notes() == []
