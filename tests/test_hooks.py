@@ -6,6 +6,7 @@ import asyncio
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from unittest.mock import AsyncMock
+from weakref import ref
 
 import pytest
 from sqlalchemy import event
@@ -374,11 +375,12 @@ async def test_context_without_callbacks_has_no_listeners(ctxalchemy: ModuleType
         dispatch = session.sync_session.dispatch
         assert not list(dispatch.after_commit)
         assert not list(dispatch.after_transaction_end)
-        assert not ctxalchemy._complete.callbacks
+        store = ctxalchemy._backend.current_context()
+        assert ref(store) not in ctxalchemy._complete.callbacks
         ctxalchemy.on_commit(db, print)
         ctxalchemy.on_commit(db, print)
         assert len(list(dispatch.after_transaction_end)) == 1
-        assert len(ctxalchemy._complete.callbacks) == 1
+        assert ref(store) in ctxalchemy._complete.callbacks
 
 
 # --- what a callback may do --------------------------------------------------------------------------
