@@ -23,7 +23,7 @@ EXTENSIONS := python/ctxalchemy/_native*.so python/ctxalchemy/_native*.pyd
 LINTERS := ruff-check ruff-format mypy pyright stubtest verifytypes check-workflows rustfmt clippy cargo-test
 
 .DEFAULT_GOAL := help
-.PHONY: help test test-all coverage wheels memcheck asan lint hooks format docs docs-serve examples demo serve soak bench \
+.PHONY: help test test-lowest test-all coverage wheels memcheck asan lint hooks format docs docs-serve examples demo serve soak bench \
 	bench-gate bench-gate-update clean $(LINTERS)
 
 help:  ## List the targets.
@@ -48,7 +48,11 @@ coverage:  ## Run the tests with coverage of Python and Rust, and write target/c
 	@$(SET_UP) --need-native test coverage
 	@$(POSTGRES) $(VENV_PYTHON) scripts/measure_coverage.py $(ARGS)
 
-test-all:  ## Run the tests with every Python of this machine, on SQLAlchemy 2.0 and 2.1, and print a table.
+test-lowest:  ## Run the tests on the lowest versions that pyproject.toml allows, with CPython 3.11.
+	@$(SET_UP) --need-native test
+	@$(POSTGRES) $(MARIADB) $(VENV_PYTHON) scripts/test_all.py --only lowest $(ARGS)
+
+test-all:  ## Run the tests with every Python of this machine, on SQLAlchemy 2.0 and 2.1 and the lowest versions.
 	@$(SET_UP) --need-native test
 	@$(POSTGRES) $(PGBOUNCER) $(MARIADB) $(VENV_PYTHON) scripts/test_all.py $(ARGS)
 

@@ -1,6 +1,10 @@
 """Run the tests with each interpreter of this machine, on SQLAlchemy 2.0 and 2.1, and print a table.
 
-    python scripts/test_all.py [ARGUMENT OF PYTEST]...
+    python scripts/test_all.py [--only {2.0,2.1,lowest}] [ARGUMENT OF PYTEST]...
+
+The newest releases of all dependencies are installed. One more run, ``lowest``, installs the lowest versions that
+pyproject.toml allows. Its interpreter is the oldest CPython that the package supports, because newer interpreters need
+newer releases. With ``--only``, the other runs are left out.
 
 Each combination has its own environment, into which the package is installed from a wheel, as users install it: the
 native wheel, or the pure wheel if the interpreter has no native module. Tests that cannot run with an interpreter are
@@ -12,6 +16,7 @@ threading enables the GIL. The tests that need no database run once more without
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import subprocess
@@ -21,13 +26,17 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
-from interpreters import Interpreter, interpreters
+from interpreters import OLDEST, Interpreter, interpreters
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / ".cache" / "test-all"
-SQLALCHEMY = {"2.0": "sqlalchemy[asyncio]>=2.0.40,<2.1", "2.1": "sqlalchemy[asyncio]>=2.1,<2.2"}
+SQLALCHEMY = {"2.0": "sqlalchemy<2.1", "2.1": "sqlalchemy>=2.1"}
+LOWEST = "lowest"
 # The tests of the native module with threads. They need no database.
 WITHOUT_GIL = [f"tests/test_{name}.py" for name in ("threads", "native_awaitable", "isolated", "parity_of_objects")]
+OLDEST_CPYTHON = f"cpython{'.'.join(map(str, OLDEST))}"
+# The lower bound of a requirement and the other bounds. A marker after ";" is not matched.
+FLOOR = re.compile(r">=([^,;\s]+)[^;]*")
 COUNTS = re.compile(r"^(native|python|neither) +(\d+) passed, (\d+) failed, (\d+) skipped$", re.MULTILINE)
 
 
@@ -50,6 +59,9 @@ class Row:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="Run the tests with each interpreter. Other arguments go to pytest.")
+    parser.add_argument("--only", choices=[*SQLALCHEMY, LOWEST], help="run only with these versions of the dependencies")
+    options, for_pytest = parser.parse_known_args()
     print(f"-- The output of each run and the environments are in {FOLDER.relative_to(ROOT)}")
     all_passed = True
     rows = [Row("Interpreter", "SQLAlchemy", "driver", "backend", "passed", "failed", "skipped", "seconds")]
@@ -58,19 +70,27 @@ def main() -> None:
         reasons = filter(None, [interpreter.without_native, interpreter.without_asyncpg, interpreter.without_greenlet])
         notes += [f"{interpreter.name}: {reason}" for reason in reasons]
         folder = FOLDER / interpreter.kind
+        is_oldest = interpreter.kind == OLDEST_CPYTHON
+        versions = [each for each in (*SQLALCHEMY, *([LOWEST] if is_oldest else [])) if options.only in (None, each)]
+        if not versions:
+            continue
         wheel = build(interpreter, folder)
-        for series, requirement in SQLALCHEMY.items():
-            say(f"{interpreter.name}, SQLAlchemy {series}")
-            python = environment(interpreter, folder / series, wheel, requirement)
-            runs = {"": ["-Xgil=1"], ", no GIL": ["-Xgil=0"]} if interpreter.free_threaded else {"": list[str]()}
+        for version in versions:
+            say(f"{interpreter.name}, {'the lowest versions' if version == LOWEST else f'SQLAlchemy {version}'}")
+            python = environment(interpreter, folder / version, wheel, requirements(interpreter, version))
+            suffix = f", {LOWEST}" if version == LOWEST else ""
+            runs = {"": ["-Xgil=1"], ", no GIL": ["-Xgil=0"]} if interpreter.free_threaded else {suffix: list[str]()}
             if interpreter.without_greenlet is not None:
                 del runs[""]
-            for name, options in runs.items():
-                log = folder / f"{series}{name}.log"
-                found, passed = run_tests(python, options, WITHOUT_GIL if name else [], log, interpreter, name)
+            for name, python_options in runs.items():
+                log = folder / f"{version}{name}.log"
+                tests = [*(WITHOUT_GIL if interpreter.free_threaded and name else []), *for_pytest]
+                found, passed = run_tests(python, python_options, tests, log, interpreter, name)
                 rows += found
                 all_passed = all_passed and passed
                 print(rows[0], *found, sep="\n", flush=True)
+    if len(rows) == 1:
+        sys.exit(f"No test was run. The lowest versions are tested with {OLDEST_CPYTHON}, which was not found.")
     print("\nAll runs:", *rows, *notes, sep="\n")
     sys.exit(not all_passed)
 
@@ -85,20 +105,31 @@ def build(interpreter: Interpreter, folder: Path) -> Path:
     return next(folder.glob("*.whl"))
 
 
-def environment(interpreter: Interpreter, folder: Path, wheel: Path, sqlalchemy: str) -> Path:
-    python = folder / "bin" / "python"
-    if not python.exists():
-        run(interpreter.path, "-m", "venv", "--without-pip", folder)
-    groups = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["dependency-groups"]
-    needs = [each for each in (*groups["demo"], *groups["test"]) if isinstance(each, str)]
+def requirements(interpreter: Interpreter, version: str) -> list[str]:
+    """Return what to install for the tests: a series of SQLAlchemy, or the lowest versions of pyproject.toml."""
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    project, groups = pyproject["project"], pyproject["dependency-groups"]
+    extras = [each for extra in project["optional-dependencies"].values() for each in extra]
+    needs = [*project["dependencies"], *extras, *groups["demo"], *groups["test"]]
+    needs = [each for each in needs if isinstance(each, str)]
+    if version == LOWEST:
+        # An extra and a group that name different lowest versions of one package cannot be installed together.
+        return [FLOOR.sub(r"==\1", each) for each in needs]
     if interpreter.without_asyncpg is not None:
         needs = [each for each in needs if not each.startswith("asyncpg")]
     if interpreter.free_threaded:
         # psycopg-binary has no wheel for a free-threaded Python. psycopg uses the libpq of the system.
         needs = [each.replace("psycopg[binary]", "psycopg") for each in needs]
+    return [*needs, SQLALCHEMY[version]]
+
+
+def environment(interpreter: Interpreter, folder: Path, wheel: Path, needs: list[str]) -> Path:
+    python = folder / "bin" / "python"
+    if not python.exists():
+        run(interpreter.path, "-m", "venv", "--without-pip", folder)
     # Install the newest release with a wheel. A newer release without one might not compile with this interpreter.
     wheels = ("--prefer-binary", "--only-binary=pydantic-core")
-    pip(python, "install", *wheels, *needs, sqlalchemy)
+    pip(python, "install", *wheels, *needs)
     pip(python, "install", "--no-deps", "--force-reinstall", wheel)
     return python
 
@@ -124,7 +155,6 @@ def run_tests(
         *plugins,
         *options,
         *tests,
-        *sys.argv[1:],
     ]
     start = time.monotonic()
     result = subprocess.run(

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from fastapi import Depends, FastAPI
-from fastapi.sse import EventSourceResponse, ServerSentEvent
 from sqlalchemy import text
 from sqlalchemy.exc import InvalidRequestError
 from starlette.middleware.base import BaseHTTPMiddleware
@@ -30,6 +29,9 @@ async def test_server_sent_events_of_fastapi_use_the_session(
     ctxalchemy: ModuleType, schema: Schema, db_per_driver: Any, transport: Transport, writes: bool
 ) -> None:
     """FastAPI starts the generator before the response start."""
+    pytest.importorskip("fastapi.sse", reason="this FastAPI has no server-sent events")
+    from fastapi.sse import EventSourceResponse, ServerSentEvent
+
     app = FastAPI()
     ctxalchemy.fastapi.add_fastapi_http_db_session_middleware(app)
 

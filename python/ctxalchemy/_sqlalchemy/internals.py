@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.orm.session import _SessionCloseState
 
 # The bridge between coroutines and SQLAlchemy's synchronous core.  SQLAlchemy's own documentation imports these names
-# from here, without listing them as public.  Checked with 2.0.40 to 2.1.9.
+# from here, without listing them as public.  Checked with 2.0.56 to 2.1.9.
 from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet
 
@@ -47,7 +47,7 @@ def close_idle(session: Session) -> None:
 
     Most sessions have no objects to detach, because a session has only weak references to objects that were committed.
     In this case ``Session.close()`` is skipped.  The public ``Session.new`` builds a set each time.  Checked with
-    2.0.40 to 2.1.9.
+    2.0.56 to 2.1.9.
     """
     if type(session) is not Session or session._new or session.identity_map:
         session.close()
@@ -59,7 +59,7 @@ def close_permanently(session: Session) -> None:
 
     Without this, a task that still has the session would begin a new transaction in it.  The public option
     ``close_resets_only=False`` also affects each ``close()`` of the application, which expects SQLAlchemy's default:
-    the session can be used again.  Checked with 2.0.40 to 2.1.9.
+    the session can be used again.  Checked with 2.0.56 to 2.1.9.
     """
     session._close_state = _CLOSED
 
@@ -68,7 +68,7 @@ def connections_of(session: Session) -> list[tuple[Connection, bool]]:
     """Return the connections of the open transaction of a session: ``SessionTransaction._connections``.
 
     The public ``SessionTransaction.connections`` exists since SQLAlchemy 2.1.7 and does not distinguish connections
-    that the session has checked out from those that were passed to it.  Checked with 2.0.40 to 2.1.9.
+    that the session has checked out from those that were passed to it.  Checked with 2.0.56 to 2.1.9.
 
     Returns:
         Each connection, and whether the session has checked it out of a pool.
@@ -86,7 +86,7 @@ def leave_begin_block(session: AsyncSession) -> None:
 
     After a commit inside such a block, SQLAlchemy refuses the session until the end of the block.  There is no public
     way to leave the block earlier.  At its end, SQLAlchemy detects that the session has left the block, and does
-    nothing.  Checked with 2.0.40 to 2.1.9.
+    nothing.  Checked with 2.0.56 to 2.1.9.
     """
     # The ``__class__`` of a mock does not count.
     if issubclass(type(session), AsyncSession) and session.sync_session._trans_context_manager is not None:
@@ -97,7 +97,7 @@ def statement_lock(connection: Connection) -> asyncio.Lock | None:
     """Return the lock of SQLAlchemy's adapter that serializes statements: ``_execute_mutex``.
 
     The adapter holds the lock from before the implicit BEGIN to the end of each statement.  There is no public way to
-    detect that a statement is being executed.  Checked with 2.0.40 to 2.1.9.
+    detect that a statement is being executed.  Checked with 2.0.56 to 2.1.9.
 
     Returns:
         None for aiosqlite before SQLAlchemy 2.1 (the thread of aiosqlite serializes statements) and for oracledb.
@@ -127,7 +127,7 @@ def is_concurrent_use(error: BaseException) -> bool:
     """Return whether SQLAlchemy refuses a call because another task is using the session: the code ``isce``.
 
     The other task is checking out a connection for the session, or is committing, rolling back or closing the session.
-    The exception has no public class of its own.  Checked with 2.0.40 to 2.1.9.
+    The exception has no public class of its own.  Checked with 2.0.56 to 2.1.9.
     """
     return isinstance(error, InvalidRequestError) and error.code == "isce"
 
@@ -135,6 +135,6 @@ def is_concurrent_use(error: BaseException) -> bool:
 def is_permanently_closed(error: BaseException) -> bool:
     """Return whether SQLAlchemy refuses a call because the session is permanently closed: the text of the message.
 
-    The exception has no public class or code of its own.  Checked with 2.0.40 to 2.1.9.
+    The exception has no public class or code of its own.  Checked with 2.0.56 to 2.1.9.
     """
     return isinstance(error, InvalidRequestError) and "permanently closed" in str(error)
