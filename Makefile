@@ -23,8 +23,8 @@ EXTENSIONS := python/ctxalchemy/_native*.so python/ctxalchemy/_native*.pyd
 LINTERS := ruff-check ruff-format mypy pyright stubtest verifytypes check-workflows rustfmt clippy cargo-test
 
 .DEFAULT_GOAL := help
-.PHONY: help test test-lowest test-all coverage wheels memcheck asan lint hooks format docs docs-serve examples demo serve soak bench \
-	bench-gate bench-gate-update clean $(LINTERS)
+.PHONY: help test test-lowest test-all coverage wheels memcheck asan lint hooks format docs docs-serve examples demo \
+	serve soak bench bench-gate bench-gate-update clean $(LINTERS)
 
 help:  ## List the targets.
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' Makefile | \
