@@ -60,7 +60,7 @@ class Row:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Run the tests with each interpreter. Other arguments go to pytest.")
-    parser.add_argument("--only", choices=[*SQLALCHEMY, LOWEST], help="run only with these versions of the dependencies")
+    parser.add_argument("--only", choices=[*SQLALCHEMY, LOWEST], help="run only with these versions")
     options, for_pytest = parser.parse_known_args()
     print(f"-- The output of each run and the environments are in {FOLDER.relative_to(ROOT)}")
     all_passed = True

@@ -62,7 +62,8 @@ class Checkout:
                 self._warn(self.longest, asyncio.current_task() if running_loop() is self.loop else None, "")
 
     def _start_timer(self, delay: float) -> None:
-        self.timer = self.loop.call_later(delay, _on_timer, ref(self), context=Context())
+        reference: ref[Checkout] = ref(self)
+        self.timer = self.loop.call_later(delay, _on_timer, reference, context=Context())
 
     def on_timer(self) -> None:
         """Log the warning if it is due.  Otherwise start the timer again."""

@@ -88,8 +88,8 @@ class DBConnect:
         self.before_create_session_handler = before_create_session_handler
         self.host = host
         """The current host, or None if no host has been set."""
-        self.required_settings = check_names(required_settings)
-        self.warn_held = check_seconds(warn_held)
+        self.required_settings: tuple[str, ...] = check_names(required_settings)
+        self.warn_held: float | None = check_seconds(warn_held)
         # Event loops in several threads may change the host, and the next two, which are changed together.  No creator
         # is called with this lock, and nothing is awaited.
         self._lock = Lock()

@@ -33,9 +33,11 @@ async def tenant(session: AsyncSession) -> str:
 @pytest.fixture(params=["asyncpg", "psycopg"])
 async def strict_db(ctxalchemy: ModuleType, schema: Schema, request: pytest.FixtureRequest) -> AsyncIterator[Any]:
     """A database that requires the tenant, once over each driver."""
-    make = psycopg_db if request.param == "psycopg" else type(schema).db
-    arguments = (ctxalchemy, schema) if request.param == "psycopg" else (schema, ctxalchemy)
-    async with watched(make(*arguments, required_settings=(TENANT,))) as db:
+    if request.param == "psycopg":
+        made = psycopg_db(ctxalchemy, schema, required_settings=(TENANT,))
+    else:
+        made = schema.db(ctxalchemy, required_settings=(TENANT,))
+    async with watched(made) as db:
         yield db
 
 
