@@ -389,8 +389,12 @@ async def test_hand_written_commit_of_a_session_in_use_raises_but_rollback_and_c
             await way(ctxalchemy, db)
     else:
         await way(ctxalchemy, db)
-    await ctxalchemy.reset_db_session_ctx(token)
+    if way is do_nothing:
+        await ctxalchemy.reset_db_session_ctx(token)
+    # The call itself ends the statements of the tasks, and the context is still open.
     assert all_failed(await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 5))
+    if way is not do_nothing:
+        await ctxalchemy.reset_db_session_ctx(token)
     await assert_whole(ctxalchemy, schema, db, notes=[])
 
 

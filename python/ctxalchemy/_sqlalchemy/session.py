@@ -58,13 +58,13 @@ async def flush_session(session: AsyncSession) -> None:
 
 
 async def commit_session(session: AsyncSession, streaming: bool = False) -> None:
-    """Commit the session.  If the outcome is unknown, its connections are invalidated.
+    """Commit the session.  If the outcome is unknown, or another task keeps using it, its connections are invalidated.
 
     Args:
         session: the session.
         streaming: other tasks may begin to use the session during the commit.
     """
-    await greenlet_spawn(_when_free, session, _commit, streaming)
+    await greenlet_spawn(_commit_when_free, session, streaming)
 
 
 async def rollback_session(session: AsyncSession) -> None:
@@ -204,6 +204,20 @@ def _when_free(session: AsyncSession, operation: Callable[[AsyncSession], bool],
             gate.open()
 
 
+def _once_free(session: AsyncSession, operation: Callable[[], object]) -> None:
+    """Run a public operation of SQLAlchemy on the session, as ``_when_free`` does."""
+    _when_free(session, lambda session: _attempt(session, operation))
+
+
+def _commit_when_free(session: AsyncSession, streaming: bool) -> None:
+    try:
+        _when_free(session, _commit, streaming)
+    except InUseError:
+        # Otherwise a later commit could write what the caller takes for lost.
+        _invalidate(session)
+        raise
+
+
 def _prepare(session: AsyncSession) -> bool:
     if not _flush(session):
         return False
@@ -211,13 +225,13 @@ def _prepare(session: AsyncSession) -> bool:
 
 
 def _flush(session: AsyncSession) -> bool:
-    return _attempt(session, _call, session, "flush")
+    return _attempt(session, lambda: _call(session, "flush"))
 
 
-def _attempt(session: AsyncSession, operation: Callable[..., object], *arguments: object) -> bool:
+def _attempt(session: AsyncSession, operation: Callable[[], object]) -> bool:
     """Return False if SQLAlchemy refuses the operation because another task is using the session."""
     try:
-        operation(*arguments)
+        operation()
     except InvalidRequestError as error:
         if not is_concurrent_use(error) or _refuses_connections(session):
             raise
@@ -307,7 +321,7 @@ def _close(session: AsyncSession) -> None:
 def _begin_savepoint(session: AsyncSession) -> Savepoint:
     begun: list[SessionTransaction] = []
     sync_session = session.sync_session
-    _when_free(session, lambda _: _attempt(session, lambda: begun.append(sync_session.begin_nested())))
+    _once_free(session, lambda: begun.append(sync_session.begin_nested()))
     return Savepoint(session, begun[0], sync_session.get_transaction())
 
 
@@ -317,12 +331,10 @@ def _release(savepoint: Savepoint) -> None:
         raise _savepoint_error("was released or rolled back before the end of its block")
     if not savepoint.is_innermost:
         raise _savepoint_error("contains another savepoint that is still open at the end of its block")
-    _when_free(session, _flush)
-    for connection, _ in connections_of(session.sync_session):
-        # If RELEASE failed, SQLAlchemy would not roll back to the savepoint.
-        raise_if_aborted(connection)
+    # If RELEASE failed, SQLAlchemy would not roll back to the savepoint.
+    _when_free(session, _prepare)
     try:
-        _when_free(session, lambda _: _attempt(session, savepoint.transaction.commit))
+        _once_free(session, savepoint.transaction.commit)
     except BaseException as error:
         if not isinstance(error, InUseError) and not savepoint.transaction.is_active:
             _refuse_commit(session)
@@ -336,7 +348,7 @@ def _roll_back_to(savepoint: Savepoint) -> None:
         _refuse_commit(session)
         return
     try:
-        _when_free(session, lambda _: _attempt(session, savepoint.transaction.rollback))
+        _once_free(session, savepoint.transaction.rollback)
     except BaseException as error:
         if isinstance(error, InUseError):
             # Another task still waits for the first connection, and all that the block has done is in the session.
