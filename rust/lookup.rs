@@ -64,8 +64,6 @@ pub fn find<'py>(py: Python<'py>, connect: Argument<'_, 'py>) -> Result<Found<'p
 }
 
 /// Look up the session if the context may be used in this thread.
-///
-/// A context that was opened without an event loop belongs to the first event loop that uses it.
 #[cold]
 #[inline(never)]
 fn find_in_new_thread<'py>(current: Bound<'py, PyAny>, connect: Argument<'_, 'py>) -> Result<Found<'py>, Raised> {
@@ -75,17 +73,27 @@ fn find_in_new_thread<'py>(current: Bound<'py, PyAny>, connect: Argument<'_, 'py
     };
     // A closed context has no session, and creating one raises.
     if !SessionStore::is_closed(store) {
-        if SessionStore::has_thread(store) {
-            return Err(errors::other_thread(py));
-        }
-        if in_event_loop(py)? {
-            SessionStore::set_thread(store);
-        }
+        check_thread(store)?;
     }
     Ok(match SessionStore::get(store, connect) {
         Some(session) => Found::Session(session),
         None => Found::NoSession(current),
     })
+}
+
+/// Raise if the context, which does not belong to this thread, belongs to the event loop of another thread.
+///
+/// A context that was opened without an event loop belongs to the first event loop that uses it.
+#[cold]
+pub fn check_thread(store: &Bound<'_, SessionStore>) -> Result<(), Raised> {
+    let py = store.py();
+    if SessionStore::has_thread(store) {
+        return Err(errors::other_thread(py));
+    }
+    if in_event_loop(py)? {
+        SessionStore::set_thread(store);
+    }
+    Ok(())
 }
 
 /// Whether an event loop is running in this thread.

@@ -6,6 +6,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyList, PyNone, PyTuple};
 
 use crate::errors;
+use crate::lookup;
 use crate::python_function::{NewFunction, python_function};
 use crate::raw::{Argument, Outcome, Raised, SessionStore};
 
@@ -22,6 +23,7 @@ macro_rules! method {
 
 const METHODS: &[(&str, NewFunction)] = &[
     ("__init__", method!(init(manual = False))),
+    ("raise_if_unusable", method!(raise_if_unusable())),
     ("get", method!(get(database))),
     ("put", method!(put(database, session))),
     ("pop", method!(pop(database))),
@@ -73,6 +75,16 @@ fn of_another_type(object: &Bound<'_, PyAny>) -> Raised {
 
 fn init<'py>(store: &Bound<'py, SessionStore>, manual: Argument<'_, 'py>) -> Outcome<'py> {
     SessionStore::reinitialize(store, manual.is_truthy()?);
+    Ok(store.py().None().into_bound(store.py()))
+}
+
+fn raise_if_unusable<'py>(store: &Bound<'py, SessionStore>) -> Outcome<'py> {
+    if SessionStore::is_closed(store) {
+        return Err(errors::closed_context(store.py()));
+    }
+    if !SessionStore::is_of_this_thread(store) {
+        lookup::check_thread(store)?;
+    }
     Ok(store.py().None().into_bound(store.py()))
 }
 

@@ -27,7 +27,7 @@ FUNCTIONS = (
     "is_context_initiated",
     "reset_context",
 )
-METHODS = ("get", "put", "pop", "items", "clear", "close", "__init__", "__len__", "__repr__")
+METHODS = ("raise_if_unusable", "get", "put", "pop", "items", "clear", "close", "__init__", "__len__", "__repr__")
 
 
 def described(value: object) -> object:

@@ -13,7 +13,7 @@ from . import _complete, _settings
 from ._backend import SessionStore, current_context, db_session
 from ._complete import BeforeCommitCallback
 from ._db_connect import DBConnect
-from ._errors import closed_context, no_context, see
+from ._errors import no_context, see
 from ._sqlalchemy.session import close_session, closing
 
 CurrentTransaction = Literal["commit", "rollback", "append", "raise", "savepoint"]
@@ -40,7 +40,7 @@ def atomic_db_session(
         ValueError: ``current_transaction`` is none of these values.
         sqlalchemy.exc.InvalidRequestError: a transaction is open, and ``current_transaction`` is ``"raise"``.  Or two
             tasks ran blocks with savepoints on the session at the same time.
-        ContextNotInitiatedError: no context is open.
+        ContextNotInitiatedError: no context is open, or it belongs to the event loop of another thread.
 
     Example:
         >>> async with atomic_db_session(db) as session:
@@ -79,7 +79,7 @@ async def commit_db_session(connect: DBConnect) -> None:
         connect: the database.
 
     Raises:
-        ContextNotInitiatedError: no context is open.
+        ContextNotInitiatedError: no context is open, or it belongs to the event loop of another thread.
         Exception: the exception of the commit.  The connection is then invalidated.
 
     Example:
@@ -97,7 +97,7 @@ async def rollback_db_session(connect: DBConnect) -> None:
         connect: the database.
 
     Raises:
-        ContextNotInitiatedError: no context is open.
+        ContextNotInitiatedError: no context is open, or it belongs to the event loop of another thread.
         Exception: the exception of the rollback.  The connection is then invalidated.
 
     Example:
@@ -117,6 +117,7 @@ async def close_db_session(connect: DBConnect) -> None:
         connect: the database.
 
     Raises:
+        ContextNotInitiatedError: the context belongs to the event loop of another thread.
         Exception: the exception of closing the session.  The connection is then invalidated.
 
     Example:
@@ -135,13 +136,13 @@ def get_db_session_from_context(connect: DBConnect) -> AsyncSession | None:
         connect: the database.
 
     Raises:
-        ContextNotInitiatedError: no context is open.
+        ContextNotInitiatedError: no context is open, or it belongs to the event loop of another thread.
         ContextClosedError: the context is closed.
 
     Example:
         >>> session = get_db_session_from_context(db)
     """
-    return _open_context().get(connect)
+    return expect_context().get(connect)
 
 
 def put_db_session_to_context(connection: DBConnect, session: AsyncSession) -> None:
@@ -153,7 +154,7 @@ def put_db_session_to_context(connection: DBConnect, session: AsyncSession) -> N
 
     Raises:
         TypeError: ``connection`` is not a ``DBConnect``.
-        ContextNotInitiatedError: no context is open.
+        ContextNotInitiatedError: no context is open, or it belongs to the event loop of another thread.
         ContextClosedError: the context is closed.
 
     Example:
@@ -161,9 +162,7 @@ def put_db_session_to_context(connection: DBConnect, session: AsyncSession) -> N
     """
     if not isinstance(connection, DBConnect):
         raise TypeError(f"expected a DBConnect, got {type(connection).__name__}")
-    store = current_context()
-    if store is None:
-        raise no_context()
+    store = expect_context()
     store.put(connection, session)
     if _settings.contexts or connection.required_settings:
         _settings.attach(store, connection, session, connection.required_settings)
@@ -178,11 +177,17 @@ def pop_db_session_from_context(connect: DBConnect) -> AsyncSession | None:
     Returns:
         The session.  None if there is no session, or no context.
 
+    Raises:
+        ContextNotInitiatedError: the context belongs to the event loop of another thread.
+
     Example:
         >>> session = pop_db_session_from_context(db)
     """
     store = current_context()
-    return None if store is None else store.pop(connect)
+    if store is None or store.closed:
+        return None
+    store.raise_if_unusable()
+    return store.pop(connect)
 
 
 async def set_local(connect: DBConnect, settings: Mapping[str, str]) -> None:
@@ -207,7 +212,7 @@ async def set_local(connect: DBConnect, settings: Mapping[str, str]) -> None:
         ValueError: there are no settings, a name is invalid, or a value contains a NUL character.
         sqlalchemy.exc.InvalidRequestError: the database is not PostgreSQL, or its connection is in autocommit mode.
         sqlalchemy.exc.DBAPIError: PostgreSQL refused a setting.  The transaction is then aborted.
-        ContextNotInitiatedError: no context is open.
+        ContextNotInitiatedError: no context is open, or it belongs to the event loop of another thread.
         ContextClosedError: the context is closed.
 
     Example:
@@ -215,7 +220,7 @@ async def set_local(connect: DBConnect, settings: Mapping[str, str]) -> None:
     """
     values = _settings.check_values(settings)
     session = await db_session(connect)
-    await _settings.apply(_open_context(), connect, session, connect.required_settings, values)
+    await _settings.apply(expect_context(), connect, session, connect.required_settings, values)
 
 
 async def commit_all_sessions(before_commit: BeforeCommitCallback | None = None) -> None:
@@ -228,14 +233,14 @@ async def commit_all_sessions(before_commit: BeforeCommitCallback | None = None)
         before_commit: awaited with each session before it is committed.
 
     Raises:
-        ContextNotInitiatedError: no context is open.
+        ContextNotInitiatedError: no context is open, or it belongs to the event loop of another thread.
         PartialCommitError: a commit failed after the commits of other sessions had succeeded.
         Exception: the exception of a hook, a flush or the first commit.  Nothing is committed in this case.
 
     Example:
         >>> await commit_all_sessions()
     """
-    store = _open_context()
+    store = expect_context()
     await _complete.with_callbacks(store, _complete.commit_all(store, before_commit), before_commit)
 
 
@@ -243,14 +248,14 @@ async def rollback_all_sessions() -> None:
     """Roll back all sessions of the context that are in a transaction.
 
     Raises:
-        ContextNotInitiatedError: no context is open.
+        ContextNotInitiatedError: no context is open, or it belongs to the event loop of another thread.
         Exception: the exception of a rollback, after all sessions were rolled back.  If several rollbacks failed, an
             ``ExceptionGroup``.
 
     Example:
         >>> await rollback_all_sessions()
     """
-    store = _open_context()
+    store = expect_context()
     await _complete.with_callbacks(store, _complete.roll_back_all(store))
 
 
@@ -260,14 +265,14 @@ async def close_all_sessions() -> None:
     Open transactions are rolled back.
 
     Raises:
-        ContextNotInitiatedError: no context is open.
+        ContextNotInitiatedError: no context is open, or it belongs to the event loop of another thread.
         Exception: the exception of closing a session, after all sessions were closed.  If several failed, an
             ``ExceptionGroup``.
 
     Example:
         >>> await close_all_sessions()
     """
-    store = _open_context()
+    store = expect_context()
     if sessions := _complete.close_without_io(store.clear()):
         await _complete.with_callbacks(store, _complete.close_all(sessions))
 
@@ -280,7 +285,7 @@ async def auto_commit_by_status_code(status_code: int, before_commit: BeforeComm
         before_commit: as for ``commit_all_sessions``.
 
     Raises:
-        ContextNotInitiatedError: no context is open.
+        ContextNotInitiatedError: no context is open, or it belongs to the event loop of another thread.
         Exception: an exception of ``commit_all_sessions`` or ``rollback_all_sessions``.
 
     Example:
@@ -331,10 +336,10 @@ async def new_non_ctx_atomic_session(connect: DBConnect) -> AsyncIterator[AsyncS
         yield session
 
 
-def _open_context() -> SessionStore:
+def expect_context() -> SessionStore:
+    """Return the current context, or raise if there is none whose sessions can be used here."""
     store = current_context()
     if store is None:
         raise no_context()
-    if store.closed:
-        raise closed_context()
+    store.raise_if_unusable()
     return store

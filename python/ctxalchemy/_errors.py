@@ -56,7 +56,7 @@ def other_thread() -> ContextNotInitiatedError:
     """Return the error for a call in a thread whose event loop is not that of the context."""
     return ContextNotInitiatedError(
         "the database session context that is open here belongs to the event loop of another thread, and its sessions "
-        "cannot be used in this thread: await db_session() outside of the thread, in an async function, or give this "
+        "cannot be used in this thread: use the sessions outside of the thread, in an async function, or give this "
         "code its own context with run_in_new_ctx() or new_ctx()"
         + see("faq.md#no-database-session-context-is-open-here")
     )

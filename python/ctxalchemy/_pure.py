@@ -91,6 +91,20 @@ class SessionStore:
         """The token of ``open_context()``, until ``reset_context()``."""
         return self._token
 
+    def raise_if_unusable(self) -> None:
+        """Raise if the sessions cannot be used here.
+
+        A context that was opened without an event loop belongs to the first one in which this is called.
+
+        Raises:
+            ContextClosedError: the context is closed.
+            ContextNotInitiatedError: the context belongs to the event loop of another thread.
+        """
+        if self._closed:
+            raise closed_context()
+        if self._thread != get_ident():
+            _check_thread(self)
+
     def get(self, database: DBConnect) -> AsyncSession | None:
         """Return the session of this database, or None."""
         if self._database is database:

@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from . import _complete
 from ._api import (
+    expect_context,
     get_db_session_from_context,
     new_non_ctx_session,
     pop_db_session_from_context,
@@ -18,7 +19,7 @@ from ._api import (
 from ._backend import current_context, init_db_session_ctx
 from ._context import reset_db_session_ctx
 from ._db_connect import DBConnect
-from ._errors import closed_context, no_context, see
+from ._errors import see
 from ._sqlalchemy.session import closing
 
 __all__ = ["put_savepoint_session_in_ctx", "rollback_session", "set_test_context"]
@@ -87,8 +88,8 @@ async def put_savepoint_session_in_ctx(connection: DBConnect, session: AsyncSess
         session: the outer session, for example the session of ``rollback_session``.
 
     Raises:
-        ContextNotInitiatedError: no context is open.
-        ContextClosedError: the context has closed.
+        ContextNotInitiatedError: no context is open, or it belongs to the event loop of another thread.
+        ContextClosedError: the context is closed.
         TypeError: the session class of the database chooses the engine of each statement itself (``get_bind``).
 
     Example:
@@ -97,9 +98,7 @@ async def put_savepoint_session_in_ctx(connection: DBConnect, session: AsyncSess
         ...         response = await client.post("/users", json={"name": "Ada"})
         ...     assert await session.scalar(select(func.count()).select_from(User)) == 1
     """
-    store = current_context()
-    if store is None or store.closed:
-        raise no_context() if store is None else closed_context()
+    expect_context()
     maker = await connection.session_maker()
     inner = maker(bind=await session.connection(), binds={}, join_transaction_mode="create_savepoint")
     async with closing(inner):

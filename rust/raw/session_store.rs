@@ -169,6 +169,13 @@ impl SessionStore {
         unsafe { Self::with(this, |contents| contents.thread != ANY_THREAD) }
     }
 
+    /// Whether the context belongs to the event loop of the current thread.
+    pub fn is_of_this_thread(this: &Bound<'_, Self>) -> bool {
+        let thread = this_thread(this.py());
+        // SAFETY: no Python code runs.
+        unsafe { Self::with(this, |contents| contents.thread == thread) }
+    }
+
     /// Let the context belong to the event loop of the current thread.
     pub fn set_thread(this: &Bound<'_, Self>) {
         let thread = this_thread(this.py());

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from fastapi import Depends, FastAPI
+from sqlalchemy.exc import DBAPIError
 from starlette.applications import Starlette
 from starlette.responses import Response
 from starlette.routing import Route
@@ -20,7 +21,7 @@ from support.schema import Schema, add_note
 from support.sessions import SessionDouble
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Coroutine
     from types import ModuleType
 
 MESSAGE = r"belongs to the event loop of another thread.*run_in_new_ctx\(\) or new_ctx\(\)"
@@ -103,6 +104,134 @@ async def test_another_thread_does_not_get_the_session_of_a_context_that_a_test_
         await use_it()
         await ctxalchemy.reset_db_session_ctx(token)
     await assert_whole(ctxalchemy, schema, db, notes=[])
+
+
+async def use_atomic(c: Any, db: Any) -> None:
+    async with c.atomic_db_session(db):
+        pass
+
+
+async def use_savepoint_session(c: Any, db: Any) -> None:
+    async with c.new_non_ctx_session(db) as session, c.testing.put_savepoint_session_in_ctx(db, session):
+        pass
+
+
+SYNCHRONOUS: dict[str, Callable[[Any, Any], Any]] = {
+    "get_db_session_from_context": lambda c, db: c.get_db_session_from_context(db),
+    "pop_db_session_from_context": lambda c, db: c.pop_db_session_from_context(db),
+    "put_db_session_to_context": lambda c, db: c.put_db_session_to_context(db, SessionDouble([])),
+}
+
+ASYNC: dict[str, Callable[[Any, Any], Coroutine[Any, Any, Any]]] = {
+    "commit_db_session": lambda c, db: c.commit_db_session(db),
+    "rollback_db_session": lambda c, db: c.rollback_db_session(db),
+    "close_db_session": lambda c, db: c.close_db_session(db),
+    "atomic_db_session": use_atomic,
+    "commit_all_sessions": lambda c, _db: c.commit_all_sessions(),
+    "rollback_all_sessions": lambda c, _db: c.rollback_all_sessions(),
+    "close_all_sessions": lambda c, _db: c.close_all_sessions(),
+    "auto_commit_by_status_code": lambda c, _db: c.auto_commit_by_status_code(200),
+    "put_savepoint_session_in_ctx": use_savepoint_session,
+}
+
+
+@pytest.mark.parametrize("name", [*SYNCHRONOUS, *ASYNC])
+async def test_another_thread_cannot_use_the_session_through_any_function(
+    ctxalchemy: ModuleType, schema: Schema, db: Any, name: str
+) -> None:
+    """It would terminate the connection, and the work before would be missing from a commit that succeeds."""
+
+    async def call() -> None:
+        if name in SYNCHRONOUS:
+            SYNCHRONOUS[name](ctxalchemy, db)
+        else:
+            await ASYNC[name](ctxalchemy, db)
+
+    async with ctxalchemy.new_ctx():
+        session = await ctxalchemy.db_session(db)
+        await add_note(session, "before")
+        with refused(ctxalchemy):
+            await asyncio.to_thread(asyncio.run, call())
+        if name in SYNCHRONOUS:
+            with refused(ctxalchemy):
+                await asyncio.to_thread(SYNCHRONOUS[name], ctxalchemy, db)
+        assert await ctxalchemy.db_session(db) is session
+        await add_note(session, "after")
+    await assert_whole(ctxalchemy, schema, db, notes=["before", "after"])
+
+
+@pytest.mark.parametrize("name", [*SYNCHRONOUS, *ASYNC])
+async def test_in_a_closed_context_any_function_in_another_thread_raises_the_error_for_that(
+    ctxalchemy: ModuleType, db: Any, name: str
+) -> None:
+    async def call() -> None:
+        await gate.wait()
+        if name in SYNCHRONOUS:
+            await asyncio.to_thread(SYNCHRONOUS[name], ctxalchemy, db)
+        else:
+            await asyncio.to_thread(asyncio.run, ASYNC[name](ctxalchemy, db))
+
+    gate = asyncio.Event()
+    async with ctxalchemy.new_ctx():
+        task = asyncio.create_task(call())
+    gate.set()
+    if name in ("pop_db_session_from_context", "close_db_session"):
+        await task  # There is no session any more.
+    else:
+        with pytest.raises(ctxalchemy.ContextClosedError):
+            await task
+
+
+@pytest.mark.parametrize("name", ["commit_db_session", "commit_all_sessions", "close_all_sessions"])
+def test_a_context_that_was_opened_without_an_event_loop_belongs_to_the_first_that_completes_it(
+    ctxalchemy: ModuleType, name: str
+) -> None:
+    db = ctxalchemy.DBConnect.from_url("sqlite+aiosqlite://")
+
+    async def complete() -> None:
+        await ASYNC[name](ctxalchemy, db)
+
+    def test() -> None:
+        ctxalchemy.init_db_session_ctx()
+        in_a_thread(lambda: asyncio.run(complete()))
+        with refused(ctxalchemy):
+            asyncio.run(complete())
+
+    copy_context().run(test)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+async def test_a_second_event_loop_in_the_same_thread_cannot_execute_a_statement_in_the_session_of_the_first(
+    ctxalchemy: ModuleType, schema: Schema, begun: bool
+) -> None:
+    """A lookup compares threads, and not event loops.  asyncpg raises the error."""
+    db = schema.db(ctxalchemy)
+
+    async def write_in_first() -> None:
+        session = await ctxalchemy.db_session(db)
+        await add_note(session, "kept")
+        await session.commit()
+        if begun:
+            await add_note(session, "undone")
+
+    async def write_in_second() -> None:
+        with pytest.raises((RuntimeError, DBAPIError)):
+            await add_note(await ctxalchemy.db_session(db), "lost")
+
+    async def close_in_first() -> None:
+        await ctxalchemy.close_db_session(db)
+        await db.close()
+
+    def run() -> None:
+        ctxalchemy.init_db_session_ctx()
+        with asyncio.Runner() as first:
+            first.run(write_in_first())
+            asyncio.run(write_in_second())
+            first.run(close_in_first())
+
+    await asyncio.to_thread(run)
+    assert await schema.has_no_open_transaction()
+    assert await schema.notes() == ["kept"]
 
 
 @pytest.mark.parametrize("kind", ["starlette", "fastapi"])
