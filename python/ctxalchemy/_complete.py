@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
-from weakref import ref
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from . import _logging
 from ._backend import current_context
+from ._by_context import ByContext
 from ._errors import see
 from ._sqlalchemy.session import (
     PartlyCommittedError,
@@ -79,7 +79,7 @@ class Callbacks(Protocol):
     def raise_deferred(self) -> None: ...
 
 
-callbacks: dict[ref[SessionStore], Callbacks] = {}
+callbacks: ByContext[Callbacks] = ByContext()
 """The contexts that have callbacks.  As long as there are none, all other code only checks whether this is empty."""
 
 
@@ -93,19 +93,19 @@ async def run_callbacks(
         before_commit: awaited with each session that a callback has begun, before it is committed.
         defer: the exception of a callback is not raised here, but by ``raise_deferred``.
     """
-    if (own := callbacks.get(ref(store))) is not None:
+    if (own := callbacks.of(store)) is not None:
         await own.run(before_commit, defer)
 
 
 async def run_callbacks_after(store: SessionStore, error: BaseException) -> None:
     """Run them because of an error.  Their exceptions, and those that were deferred, become notes of the error."""
-    if (own := callbacks.get(ref(store))) is not None:
+    if (own := callbacks.of(store)) is not None:
         await own.run_after(error)
 
 
 def raise_deferred(store: SessionStore) -> None:
     """Raise the exceptions of callbacks that were deferred."""
-    if (own := callbacks.get(ref(store))) is not None:
+    if (own := callbacks.of(store)) is not None:
         own.raise_deferred()
 
 
@@ -137,7 +137,8 @@ async def commit_all(
         streaming: other tasks may begin to use the sessions during the commit.
         skip: the sessions to leave alone, by their ids.
     """
-    seen = skip.copy() if skip else {}
+    skip = skip or {}
+    seen = skip.copy()
     committed: list[DBConnect] = []
     failed: list[DBConnect] = []
     try:
@@ -164,7 +165,7 @@ async def commit_all(
         if isinstance(failure, PartlyCommittedError):
             committed += failed
             error = _cause(failure)
-        begun = _begun(store, skip.copy() if skip else {})
+        begun = _begun(store, skip.copy())
         failed += [database for database, _ in begun if database not in failed]
         partial = PartialCommitError(committed, failed) if committed else None
         try:
@@ -261,7 +262,7 @@ async def abort(store: SessionStore, error: BaseException) -> None:
     if _logging.logged_contexts:
         _logging.log_context(store, "rolling back because of %s", type(error).__name__)
     try:
-        if callbacks and ref(store) in callbacks:
+        if callbacks and callbacks.of(store) is not None:
             # The callbacks may use the context, which is closed after them.
             try:
                 await rollbacks.run_after(error, _each_begun(store))

@@ -42,11 +42,7 @@ async def create_session(store: Store, connect: DBConnect) -> AsyncSession:
     _check(store, connect)
     if connect.before_create_session_handler is None:
         session = new_session(connect)
-        store.put(connect, session)
-        if _settings.contexts or connect.required_settings:
-            _settings.attach(store, connect, session, connect.required_settings)
-        if is_enabled_for(DEBUG):
-            log_session_created(store, connect)
+        _put(store, connect, session)
         return session
     lock = _lock(store, connect)
     if lock.locked() and lock in _acquired.get():
@@ -71,11 +67,7 @@ async def create_session(store: Store, connect: DBConnect) -> AsyncSession:
         if put_meanwhile is not None:
             await close_session(session)
             return put_meanwhile
-        store.put(connect, session)
-        if _settings.contexts or connect.required_settings:
-            _settings.attach(store, connect, session, connect.required_settings)
-        if is_enabled_for(DEBUG):
-            log_session_created(store, connect)
+        _put(store, connect, session)
         return session
 
 
@@ -94,12 +86,21 @@ def create_session_nowait(store: Store, connect: DBConnect) -> AsyncSession:
             + see("faq.md#no-database-session-context-is-open-here")
         )
     session = new_session(connect)
+    _put(store, connect, session)
+    return session
+
+
+def put_session(store: Store, connect: DBConnect, session: AsyncSession) -> None:
+    """Put a session into the context, and apply the settings of the context to its transactions."""
     store.put(connect, session)
     if _settings.contexts or connect.required_settings:
         _settings.attach(store, connect, session, connect.required_settings)
+
+
+def _put(store: Store, connect: DBConnect, session: AsyncSession) -> None:
+    put_session(store, connect, session)
     if is_enabled_for(DEBUG):
         log_session_created(store, connect)
-    return session
 
 
 def in_event_loop() -> bool:

@@ -80,7 +80,8 @@ class LoopEngine:
                 await disposed
             return []
         closings: list[Closing] = []
-        dialect = self.engine.dialect
+        # Any: a method of the dialect is replaced.
+        dialect: Any = self.engine.dialect
         do_close = dialect.do_close
 
         def close_later(dbapi_connection: Any) -> None:
@@ -89,14 +90,14 @@ class LoopEngine:
             )
 
         # The pool would close one connection after the other, and would wait for a silent server without limit.
-        dialect.do_close = close_later  # type: ignore[method-assign]
+        dialect.do_close = close_later
         try:
             await self.engine.dispose()
         except BaseException:
             await close_connections(closings)
             raise
         finally:
-            dialect.do_close = do_close  # type: ignore[method-assign]
+            dialect.do_close = do_close
         return closings
 
     def all_connections(self) -> list[Closing]:

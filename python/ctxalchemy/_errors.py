@@ -79,5 +79,5 @@ def mark_as_after_transaction(error: BaseException) -> None:
 
 
 def is_after_transaction(error: BaseException) -> bool:
-    """Return whether a callback raised this error after a transaction had ended, which the error says nothing about."""
+    """Return whether a callback raised this error after a transaction had ended.  The transaction is not repeated."""
     return getattr(error, _AFTER_TRANSACTION, False)

@@ -9,9 +9,8 @@ import asyncio
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy.ext.asyncio import AsyncSession
-
 from ._frames import frames
+from ._sqlalchemy import is_async_session
 from ._sqlalchemy.internals import connections_of
 
 if TYPE_CHECKING:
@@ -65,6 +64,6 @@ def _has(scope: Scope, proxied: PoolProxiedConnection) -> bool:
     return any(
         not connection.closed and not connection.invalidated and connection.connection is proxied
         for _, session in scope[SCOPE_KEY].items()
-        if issubclass(type(session), AsyncSession)
+        if is_async_session(session)
         for connection, _ in connections_of(session.sync_session)
     )

@@ -22,17 +22,19 @@ from typing import TYPE_CHECKING
 from weakref import ref
 
 from sqlalchemy import event
-from sqlalchemy.ext.asyncio import AsyncSession, async_session
+from sqlalchemy.ext.asyncio import async_session
 
 from ._backend import SessionStore, current_context, db_session_nowait
 from ._complete import BeforeCommitCallback, callbacks, commit_all
 from ._errors import mark_as_after_transaction
 from ._logging import logger
 from ._shield import Cleanup, add_note, raise_all
+from ._sqlalchemy import is_async_session
 from ._sqlalchemy.internals import await_only, in_greenlet, leave_begin_block
 from ._sqlalchemy.session import ending, rollbacks
 
 if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncSession
     from sqlalchemy.orm import Session, SessionTransaction
 
     from ._db_connect import DBConnect
@@ -100,19 +102,13 @@ def _add(connect: DBConnect, callback: Callable[[], object], is_on_commit: bool)
     session = db_session_nowait(connect)
     store = current_context()
     assert store is not None
-    # The ``__class__`` of a mock does not count.
-    if not issubclass(type(session), AsyncSession):
+    if not is_async_session(session):
         raise TypeError(
             f"{name}() needs an AsyncSession: the session of this database in the context is of the class "
             f"{type(session).__name__}"
         )
-    if (hooks := callbacks.get(ref(store))) is None:
-        hooks = callbacks[ref(store, _forget)] = _Hooks(store)
+    hooks = callbacks.of(store) or callbacks.set(store, _Hooks(store))
     hooks.add(session.sync_session, callback, is_on_commit)
-
-
-def _forget(reference: ref[SessionStore]) -> None:
-    callbacks.pop(reference, None)
 
 
 @dataclass(slots=True, eq=False)

@@ -10,26 +10,23 @@ import asyncio
 import logging
 from itertools import count
 from typing import Any
-from weakref import ref
+
+from ._by_context import ByContext
 
 logger = logging.getLogger("ctxalchemy")
 is_enabled_for = logger.isEnabledFor
 DEBUG = logging.DEBUG
 
-logged_contexts: dict[ref[object], int] = {}
-"""The open contexts that have been logged, and their numbers.
-
-The weak references let a context be collected that is never closed.  A ``WeakKeyDictionary`` would run Python code to
-check whether it is empty.
-"""
+logged_contexts: ByContext[int] = ByContext()
+"""The open contexts that have been logged, and their numbers."""
 
 _numbers = count(1)
 
 
 def log_session_created(store: object, connect: object) -> None:
     """Log a new session.  The first session of a context also logs that the context is open."""
-    if ref(store) not in logged_contexts:
-        logged_contexts[ref(store, _forget)] = next(_numbers)
+    if logged_contexts.of(store) is None:
+        logged_contexts.set(store, next(_numbers))
         task = asyncio.current_task()
         log_context(store, "opened in %s", "no task" if task is None else task_name(task))
     log_context(store, "created a session for %r", connect)
@@ -37,7 +34,7 @@ def log_session_created(store: object, connect: object) -> None:
 
 def log_context(store: object, message: str, *arguments: object) -> None:
     """Log a message about this context, if the context has been logged before."""
-    number = logged_contexts.get(ref(store))
+    number = logged_contexts.of(store)
     if number is not None:
         logger.debug(f"context %d: {message}", number, *arguments)
 
@@ -45,11 +42,7 @@ def log_context(store: object, message: str, *arguments: object) -> None:
 def log_context_closed(store: object) -> None:
     """Log that this context is closed, if the context has been logged before."""
     log_context(store, "closed")
-    _forget(ref(store))
-
-
-def _forget(reference: ref[object]) -> None:
-    logged_contexts.pop(reference, None)
+    logged_contexts.remove(store)
 
 
 def task_name(task: asyncio.Task[Any]) -> str:

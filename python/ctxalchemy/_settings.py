@@ -8,22 +8,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from weakref import ref
+from typing import TYPE_CHECKING
 
-from sqlalchemy.ext.asyncio import AsyncSession
-
+from ._by_context import ByContext
+from ._sqlalchemy import is_async_session
 from ._sqlalchemy.internals import connections_of, greenlet_spawn
 from ._sqlalchemy.settings import Settings, SettingsListener, check_dialect
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncSession
 
 _KEY = "ctxalchemy: settings"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_$]*(\.[A-Za-z_][A-Za-z0-9_$]*)*")
 
-contexts: dict[ref[object], dict[int, Settings]] = {}
-"""For each context, its settings for each database, by the id of the database.
-
-The weak references let a context be collected.  A ``WeakKeyDictionary`` would run Python code to check whether it is
-empty.
-"""
+contexts: ByContext[dict[int, Settings]] = ByContext()
+"""For each context, its settings for each database, by the id of the database."""
 
 
 def attach(store: object, database: object, session: AsyncSession, required: tuple[str, ...]) -> None:
@@ -35,8 +34,7 @@ def attach(store: object, database: object, session: AsyncSession, required: tup
         session: a session that is put into the context.
         required: the names of the settings without which no transaction of the database may begin.
     """
-    databases = contexts.get(ref(store), {})
-    if required or id(database) in databases:
+    if required or id(database) in (contexts.of(store) or {}):
         _listener(session, _settings_of(store, database, required))
 
 
@@ -47,7 +45,7 @@ async def apply(
 
     If that fails, the context keeps the settings that it had before.
     """
-    if _is_async_session(session) and (bind := session.sync_session.bind) is not None:
+    if is_async_session(session) and (bind := session.sync_session.bind) is not None:
         check_dialect(bind.dialect.name)
     settings = _settings_of(store, database, required)
     listener = _listener(session, settings)
@@ -69,27 +67,23 @@ async def apply(
 
 def inherit(outer: object, store: object) -> None:
     """Give a nested context a copy of the settings of the outer one."""
-    if outer is not None and (databases := contexts.get(ref(outer))):
+    if outer is not None and (databases := contexts.of(outer)):
         copies = {key: Settings(each.database, each.required, dict(each.values)) for key, each in databases.items()}
-        contexts[ref(store, _forget)] = copies
+        contexts.set(store, copies)
 
 
 def _settings_of(store: object, database: object, required: tuple[str, ...]) -> Settings:
-    databases = contexts.get(ref(store))
+    databases = contexts.of(store)
     if databases is None:
-        databases = contexts[ref(store, _forget)] = {}
+        databases = contexts.set(store, {})
     settings = databases.get(id(database))
     if settings is None:
         settings = databases[id(database)] = Settings(database, required, {})
     return settings
 
 
-def _forget(reference: ref[object]) -> None:
-    contexts.pop(reference, None)
-
-
 def _listener(session: AsyncSession, settings: Settings) -> SettingsListener | None:
-    if not _is_async_session(session):
+    if not is_async_session(session):
         return None
     info = session.sync_session.info
     listener: SettingsListener | None = info.get(_KEY)
@@ -97,11 +91,6 @@ def _listener(session: AsyncSession, settings: Settings) -> SettingsListener | N
         listener = info[_KEY] = SettingsListener(session.sync_session, settings)
     listener.settings = settings
     return listener
-
-
-def _is_async_session(session: object) -> bool:
-    """Return whether this is an ``AsyncSession``.  A test double has no transactions on a connection."""
-    return issubclass(type(session), AsyncSession)
 
 
 def check_names(names: Iterable[str]) -> tuple[str, ...]:

@@ -16,7 +16,6 @@ from .._errors import see
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Dialect, PoolProxiedConnection
-    from sqlalchemy.engine.default import DefaultExecutionContext
 
 
 _FETCHES = "ctxalchemy: fetches"
@@ -29,9 +28,10 @@ def guard_cursors(dialect: Dialect) -> None:
 
     Only streamed results have such a cursor: other statements do not pay for this.
     """
-    context_class: type[DefaultExecutionContext] = dialect.execution_ctx_cls  # type: ignore[assignment]
+    context_class: Any = dialect.execution_ctx_cls
 
-    class GuardedContext(context_class):  # type: ignore[misc, valid-type]
+    # Type checkers cannot know the base class: it depends on the dialect.
+    class GuardedContext(context_class):  # type: ignore[misc]
         def create_server_side_cursor(self) -> Any:
             return ServerSideCursor(super().create_server_side_cursor(), self.root_connection.connection)
 

@@ -165,6 +165,7 @@ def _checked_class(connection_class: Any) -> Any:
             raise InFailedSQLTransactionError("current transaction is aborted, and COMMIT has rolled it back")
         return answer
 
+    # Type checkers cannot know the base class: it depends on the options of the application.
     class CheckedConnection(connection_class):  # type: ignore[misc]
         __slots__ = ()
 

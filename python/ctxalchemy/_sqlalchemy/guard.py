@@ -37,7 +37,7 @@ from .internals import await_only, in_greenlet
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from sqlalchemy import Dialect, ExceptionContext
+    from sqlalchemy import ExceptionContext
     from sqlalchemy.ext.asyncio import AsyncEngine
     from sqlalchemy.pool import ConnectionPoolEntry, ManagesConnection
 
@@ -79,20 +79,22 @@ def watch(engine: AsyncEngine) -> None:
         event.listen(engine.sync_engine, "connect", _on_connect)
         event.listen(engine.sync_engine, "invalidate", _on_invalidate)
         event.listen(engine.sync_engine, "handle_error", _on_error)
-        _note_failures(engine.dialect)
-        _check_commits(engine)
-        _begin_before_savepoints(engine.dialect)
-        guard_cursors(engine.dialect)
+        # Any: the methods of the dialect are replaced.
+        dialect: Any = engine.dialect
+        _note_failures(dialect)
+        _check_commits(engine, dialect)
+        _begin_before_savepoints(dialect)
+        guard_cursors(dialect)
 
 
-def _note_failures(dialect: Dialect) -> None:
+def _note_failures(dialect: Any) -> None:
     """Note on which connections a statement fails.
 
     SQLAlchemy calls ``Dialect.is_disconnect`` first for each error.  A listener for ``handle_error`` would not do: if a
     listener of the application raises an error of its own, SQLAlchemy skips the listeners after it, and ``insert=True``
     has no effect for this event.
     """
-    is_disconnect = dialect.is_disconnect
+    is_disconnect: Callable[[Any, Any, Any], bool] = dialect.is_disconnect
 
     def note_failure(e: Any, connection: Any, cursor: Any) -> bool:
         # While a connection is being set up, this is not yet the connection of a pool.
@@ -100,7 +102,7 @@ def _note_failures(dialect: Dialect) -> None:
             _note_failure(state, connection, e)
         return is_disconnect(e, connection, cursor)
 
-    dialect.is_disconnect = note_failure  # type: ignore[method-assign]
+    dialect.is_disconnect = note_failure
 
 
 def _note_failure(state: _State, proxied: PoolProxiedConnection, error: BaseException | None) -> None:
@@ -111,12 +113,11 @@ def _note_failure(state: _State, proxied: PoolProxiedConnection, error: BaseExce
         state.ended = _Ended(state.failed, type(error), error.args, is_certain)
 
 
-def _check_commits(engine: AsyncEngine) -> None:
+def _check_commits(engine: AsyncEngine, dialect: Any) -> None:
     """Let each commit on this engine raise if the database would not commit, whoever calls it.
 
     Each driver needs its own way.  None of them takes a round trip, except after a lock wait timeout of MySQL.
     """
-    dialect = engine.dialect
     do_commit, do_rollback = dialect.do_commit, dialect.do_rollback
 
     # A commit that is refused here rolls back, as PostgreSQL does when it refuses a COMMIT.  SQLAlchemy considers the
@@ -142,13 +143,13 @@ def _check_commits(engine: AsyncEngine) -> None:
     if dialect.driver == "asyncpg":
         event.listen(engine.sync_engine, "do_connect", check_asyncpg_commits)
     elif dialect.driver == "psycopg":
-        dialect.do_commit = commit_psycopg  # type: ignore[method-assign]
+        dialect.do_commit = commit_psycopg
     elif dialect.name in ("mysql", "mariadb"):
-        dialect.do_commit = commit_mysql  # type: ignore[method-assign]
-        dialect.do_rollback = rollback_mysql  # type: ignore[method-assign]
+        dialect.do_commit = commit_mysql
+        dialect.do_rollback = rollback_mysql
 
 
-def _begin_before_savepoints(dialect: Dialect) -> None:
+def _begin_before_savepoints(dialect: Any) -> None:
     """Let a savepoint on SQLite be one in a transaction: otherwise its RELEASE would commit.
 
     A listener for savepoints would slow down every statement.
@@ -161,7 +162,7 @@ def _begin_before_savepoints(dialect: Dialect) -> None:
         do_savepoint(connection, name)
 
     if dialect.name == "sqlite":
-        dialect.do_savepoint = begin_and_savepoint  # type: ignore[method-assign]
+        dialect.do_savepoint = begin_and_savepoint
 
 
 def _error_of_commit(proxied: PoolProxiedConnection, ask: Callable[[], Sequence[Any] | None]) -> BaseException | None:

@@ -11,7 +11,6 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from sqlalchemy.exc import InvalidRequestError
-from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from sqlalchemy.orm.session import _SessionCloseState
 
@@ -20,8 +19,11 @@ from sqlalchemy.orm.session import _SessionCloseState
 from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet
 
+from . import is_async_session
+
 if TYPE_CHECKING:
     from sqlalchemy import Connection
+    from sqlalchemy.ext.asyncio import AsyncSession
 
 __all__ = [
     "await_only",
@@ -88,8 +90,7 @@ def leave_begin_block(session: AsyncSession) -> None:
     way to leave the block earlier.  At its end, SQLAlchemy detects that the session has left the block, and does
     nothing.  Checked with 2.0.56 to 2.1.9.
     """
-    # The ``__class__`` of a mock does not count.
-    if issubclass(type(session), AsyncSession) and session.sync_session._trans_context_manager is not None:
+    if is_async_session(session) and session.sync_session._trans_context_manager is not None:
         session.sync_session._trans_context_manager = None
 
 

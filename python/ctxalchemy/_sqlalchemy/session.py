@@ -20,6 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from .._errors import closed_context, see
 from .._shield import Cleanup, add_note, raise_all
+from . import is_async_session
 from .drivers import is_refusal, reports_in_use
 from .gate import Gate
 from .guard import invalidate, is_rolled_back, raise_if_aborted, wait_until_terminated
@@ -91,7 +92,7 @@ def close_session_without_io(session: AsyncSession) -> bool:
 
 def terminate_session(session: AsyncSession) -> None:
     """Invalidate the connections of the session when nothing can be awaited any more."""
-    if _is_async_session(session):
+    if is_async_session(session):
         try:
             _invalidate(session)
         finally:
@@ -149,7 +150,7 @@ class Savepoint:
 
 async def begin_savepoint(session: AsyncSession) -> Savepoint:
     """Begin a savepoint in the open transaction of the session."""
-    if not _is_async_session(session):
+    if not is_async_session(session):
         return Savepoint(session, await session.begin_nested(), None)
     return await greenlet_spawn(_begin_savepoint, session)
 
@@ -190,7 +191,7 @@ def _when_free(session: AsyncSession, operation: Callable[[AsyncSession], bool],
         operation: returns False if another task is using the session.
         streaming: let the statements of other tasks wait from the start.
     """
-    gate = Gate(session.sync_session) if streaming and _is_async_session(session) else None
+    gate = Gate(session.sync_session) if streaming and is_async_session(session) else None
     deadline = None
     try:
         while not operation(session):
@@ -221,7 +222,7 @@ def _commit_when_free(session: AsyncSession, streaming: bool) -> None:
 def _prepare(session: AsyncSession) -> bool:
     if not _flush(session):
         return False
-    return not _is_async_session(session) or _is_committable(connections_of(session.sync_session))
+    return not is_async_session(session) or _is_committable(connections_of(session.sync_session))
 
 
 def _flush(session: AsyncSession) -> bool:
@@ -240,7 +241,7 @@ def _attempt(session: AsyncSession, operation: Callable[[], object]) -> bool:
 
 
 def _commit(session: AsyncSession) -> bool:
-    if not _is_async_session(session):
+    if not is_async_session(session):
         _call(session, "commit")
         return True
     # If the flush fails, the state is known: SQLAlchemy has rolled back.
@@ -307,7 +308,7 @@ def _rolled_back() -> InvalidRequestError:
 
 
 def _close(session: AsyncSession) -> None:
-    if _is_async_session(session):
+    if is_async_session(session):
         # This comes first: as soon as the rollback is awaited, SQLAlchemy lets another task begin in the session.
         close_permanently(session.sync_session)
     try:
@@ -413,7 +414,7 @@ def _invalidate(session: AsyncSession, connections: Iterable[Connection] = ()) -
 
     The state of these connections is unknown, and they must not go back to the pool.
     """
-    if not _is_async_session(session):
+    if not is_async_session(session):
         return
     failures: list[BaseException] = []
     for connection in {*_own_connections(session), *connections}:
@@ -470,14 +471,9 @@ def _call(session: AsyncSession, method: str) -> None:
 
 
 def _own_connections(session: AsyncSession) -> list[Connection]:
-    if not _is_async_session(session):
+    if not is_async_session(session):
         return []
     return [connection for connection, is_own in connections_of(session.sync_session) if is_own]
-
-
-def _is_async_session(session: AsyncSession) -> bool:
-    """Return whether this is an ``AsyncSession``.  The ``__class__`` of a mock does not count."""
-    return issubclass(type(session), AsyncSession)
 
 
 def _is_original(session: AsyncSession, method: str) -> bool:
