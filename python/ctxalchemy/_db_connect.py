@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 
-from ._engine import LoopEngine, check_engine, close_connections
+from ._engine import LoopEngine, check_engine
 from ._held import check_seconds, warn_held_connections
+from ._host_engines import HostEngines, close, dispose
 from ._settings import check_names
-from ._shield import add_note, raise_all, shield
+from ._shield import add_note, shield
 from ._url import create_memory_engine, host_in, parse_url, replace_host, shared_memory_url
 
 if TYPE_CHECKING:
@@ -86,15 +85,9 @@ class DBConnect:
         self.engine_creator = engine_creator
         self.session_maker_creator = session_maker_creator
         self.before_create_session_handler = before_create_session_handler
-        self.host = host
-        """The current host, or None if no host has been set."""
         self.required_settings: tuple[str, ...] = check_names(required_settings)
         self.warn_held: float | None = check_seconds(warn_held)
-        # Event loops in several threads may change the host, and the next two, which are changed together.  No creator
-        # is called with this lock, and nothing is awaited.
-        self._lock = Lock()
-        self._engines: dict[asyncio.AbstractEventLoop, LoopEngine] = {}
-        self._retired: list[LoopEngine] = []
+        self._engines = HostEngines(self._build, host)
 
     @classmethod
     def from_url(
@@ -172,6 +165,15 @@ class DBConnect:
             warn_held=warn_held,
         )
 
+    @property
+    def host(self) -> str | None:
+        """The current host, or None if no host has been set."""
+        return self._engines.host
+
+    @host.setter
+    def host(self, host: str | None) -> None:
+        self._engines.host = host
+
     async def connect(self, host: str) -> None:
         """Set the host and build its engine.
 
@@ -186,7 +188,7 @@ class DBConnect:
         if host != self.host:
             await self._switch(host)
         else:
-            self._engine()
+            self._engines.get()
 
     async def change_host(self, host: str) -> None:
         """Use another host from now on.  If the host is the current one, nothing happens.
@@ -225,7 +227,7 @@ class DBConnect:
         """
         if self.before_create_session_handler is not None:
             await self.before_create_session_handler(self)
-        return self._engine().session_maker
+        return self._engines.get().session_maker
 
     def engine(self) -> AsyncEngine:
         """Return the engine for the current host and event loop, for example for events and metrics.
@@ -241,7 +243,7 @@ class DBConnect:
             >>> async with db.engine().begin() as connection:
             ...     await connection.run_sync(Base.metadata.create_all)
         """
-        return self._engine().engine
+        return self._engines.get().engine
 
     async def __aenter__(self) -> Self:
         """Return this object.  At the end of the block, it is closed."""
@@ -266,38 +268,7 @@ class DBConnect:
 
         Each event loop closes its own connections: those of other running loops stay open.
         """
-        loop = asyncio.get_running_loop()
-        with self._lock:
-            earlier = [each for each in self._retired if each.loop is loop]
-            self._retired = [each for each in self._retired if each.loop is not loop]
-            engine = self._engines.pop(loop, None)
-            engines = [] if engine is None else [engine]
-            self._retire(engines)
-        await shield(_close(engines, earlier))
-
-    def _engine(self) -> LoopEngine:
-        engine = self._engines.get(asyncio.get_running_loop())
-        if engine is None or engine.host != self.host:
-            engine = self._add_engine()
-        return engine
-
-    def _add_engine(self) -> LoopEngine:
-        """Build the engine of the running event loop."""
-        while True:
-            host = self.host
-            if not host:
-                raise ValueError("host is not set")
-            engine = self._build(host)
-            with self._lock:
-                if host == self.host:
-                    old = self._engines.get(engine.loop)
-                    self._engines[engine.loop] = engine
-                    self._retire([] if old is None or old.engine is engine.engine else [old])
-                    return engine
-                is_shared = any(each.engine is engine.engine for each in self._engines.values())
-            # Another thread has changed the host meanwhile.
-            if not is_shared:
-                engine.discard()
+        await shield(close(*self._engines.remove()))
 
     def _build(self, host: str) -> LoopEngine:
         engine = self.engine_creator(host)
@@ -307,26 +278,11 @@ class DBConnect:
         return LoopEngine(host, engine, self.session_maker_creator(engine))
 
     async def _switch(self, host: str) -> None:
-        engine = self._build(host)
-        with self._lock:
-            old = [each for each in self._engines.values() if each.engine is not engine.engine]
-            self._engines = {engine.loop: engine}
-            self.host = host
-            self._retire(old)
-        await shield(_dispose(old))
-
-    def _retire(self, engines: list[LoopEngine]) -> None:
-        """Keep these engines until their connections are closed, and forget those that have nothing to close."""
-        self._retired = [each for each in self._retired if not each.is_over()] + engines
-        for engine in engines:
-            engine.retire()
-        # An engine keeps its loop alive, so that weak references to the loops would not help.
-        for loop in [loop for loop in self._engines if loop.is_closed()]:
-            del self._engines[loop]
+        await shield(dispose(self._engines.switch(host)))
 
     def __repr__(self) -> str:
         # The database distinguishes two databases on one host.  The URL may contain the password in several parts.
-        for engine in self._engines.values():
+        for engine in self._engines:
             database = engine.engine.url.database if isinstance(engine.engine, AsyncEngine) else None
             return f"<DBConnect host={_shown(self.host)}, database={database!r}, connected>"
         return f"<DBConnect host={_shown(self.host)}, not connected>"
@@ -334,31 +290,11 @@ class DBConnect:
 
 def new_session(connect: DBConnect) -> AsyncSession:
     """Create a session without calling the ``before_create_session_handler``."""
-    maker = connect._engine().session_maker
+    maker = connect._engines.get().session_maker
     if type(maker) is async_sessionmaker:
         # This is what calling the maker does, without the copy that the maker makes of its options.
         return maker.class_(**maker.kw)
     return maker()
-
-
-async def _close(engines: list[LoopEngine], earlier: list[LoopEngine]) -> None:
-    """Close the idle connections of the engines, and all connections of the earlier ones."""
-    closings = [closing for each in earlier for closing in each.all_connections()]
-    for each in engines:
-        closings += await each.remove_idle()
-    await close_connections(closings)
-    for each in earlier:
-        await each.empty_pool()
-
-
-async def _dispose(engines: list[LoopEngine]) -> None:
-    """Close the idle connections of the engines, each in its event loop."""
-    loop = asyncio.get_running_loop()
-    others = [each.dispose_in_own_loop() for each in engines if each.loop is not loop]
-    disposed = asyncio.gather(*others, return_exceptions=True)
-    await _close([each for each in engines if each.loop is loop], [])
-    if failures := [each for each in await disposed if each is not None]:
-        raise_all(failures, "several engines could not be disposed of")
 
 
 def _maker_options(session_class: object, session_options: object) -> dict[str, Any]:
