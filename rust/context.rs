@@ -9,8 +9,8 @@ use crate::lookup;
 use crate::raw::{Argument, ContextVar, Outcome, Raised, SessionStore};
 use crate::session_store;
 
-pub fn open_context<'py>(py: Python<'py>, manual: Argument<'_, 'py>) -> Outcome<'py> {
-    Ok(open(py, manual.is_truthy()?, true)?.0.into_any())
+pub fn open_context<'py>(py: Python<'py>, manual: Argument<'_, 'py>, read_only: Argument<'_, 'py>) -> Outcome<'py> {
+    Ok(open(py, manual.is_truthy()?, read_only.is_truthy()?, true)?.0.into_any())
 }
 
 /// Open a context, and return the context and its token.
@@ -18,9 +18,10 @@ pub fn open_context<'py>(py: Python<'py>, manual: Argument<'_, 'py>) -> Outcome<
 fn open(
     py: Python<'_>,
     manual: bool,
+    read_only: bool,
     of_this_thread: bool,
 ) -> Result<(Bound<'_, SessionStore>, Bound<'_, PyAny>), Raised> {
-    let store = SessionStore::new(py, manual, of_this_thread)?;
+    let store = SessionStore::new(py, manual, read_only, of_this_thread)?;
     let token = ContextVar::set(&store)?;
     SessionStore::set_token(&store, Some(token.clone()));
     Ok((store, token))
@@ -40,7 +41,7 @@ pub fn init_db_session_ctx<'py>(py: Python<'py>, force: Argument<'_, 'py>) -> Ou
     if !force.is_truthy()? && is_initiated(py)? {
         return Err(errors::context_already_open(py));
     }
-    Ok(open(py, true, lookup::in_event_loop(py)?)?.1)
+    Ok(open(py, true, false, lookup::in_event_loop(py)?)?.1)
 }
 
 pub fn is_context_initiated(py: Python<'_>) -> Outcome<'_> {

@@ -27,7 +27,7 @@ mod _native {
 
     /// The functions, and their parameters besides `py`.
     const FUNCTIONS: &[(&str, NewFunction)] = &[
-        ("open_context", python_function!(unguarded open_context(manual = False))),
+        ("open_context", python_function!(unguarded open_context(manual = False, read_only = False))),
         ("reset_context", python_function!(unguarded reset_context(store))),
         ("init_db_session_ctx", python_function!(init_db_session_ctx(force = False))),
         ("is_context_initiated", python_function!(unguarded is_context_initiated())),

@@ -22,7 +22,7 @@ macro_rules! method {
 }
 
 const METHODS: &[(&str, NewFunction)] = &[
-    ("__init__", method!(init(manual = False))),
+    ("__init__", method!(init(manual = False, read_only = False))),
     ("raise_if_unusable", method!(raise_if_unusable())),
     ("get", method!(get(database))),
     ("put", method!(put(database, session))),
@@ -37,8 +37,12 @@ const METHODS: &[(&str, NewFunction)] = &[
     ("__reduce_ex__", method!(reduce(protocol))),
 ];
 
-const PROPERTIES: &[(&str, NewFunction)] =
-    &[("manual", method!(manual())), ("closed", method!(closed())), ("token", method!(token()))];
+const PROPERTIES: &[(&str, NewFunction)] = &[
+    ("manual", method!(manual())),
+    ("read_only", method!(read_only())),
+    ("closed", method!(closed())),
+    ("token", method!(token())),
+];
 
 /// Create the class, with the docstrings and signatures of `reference`.
 pub fn class<'py>(reference: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
@@ -73,8 +77,12 @@ fn of_another_type(object: &Bound<'_, PyAny>) -> Raised {
     }
 }
 
-fn init<'py>(store: &Bound<'py, SessionStore>, manual: Argument<'_, 'py>) -> Outcome<'py> {
-    SessionStore::reinitialize(store, manual.is_truthy()?);
+fn init<'py>(
+    store: &Bound<'py, SessionStore>,
+    manual: Argument<'_, 'py>,
+    read_only: Argument<'_, 'py>,
+) -> Outcome<'py> {
+    SessionStore::reinitialize(store, manual.is_truthy()?, read_only.is_truthy()?);
     Ok(store.py().None().into_bound(store.py()))
 }
 
@@ -127,6 +135,10 @@ fn repr<'py>(store: &Bound<'py, SessionStore>) -> Outcome<'py> {
 
 fn manual<'py>(store: &Bound<'py, SessionStore>) -> Outcome<'py> {
     Ok(PyBool::new(store.py(), SessionStore::is_manual(store)).to_owned().into_any())
+}
+
+fn read_only<'py>(store: &Bound<'py, SessionStore>) -> Outcome<'py> {
+    Ok(PyBool::new(store.py(), SessionStore::is_read_only(store)).to_owned().into_any())
 }
 
 fn closed<'py>(store: &Bound<'py, SessionStore>) -> Outcome<'py> {

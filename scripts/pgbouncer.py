@@ -42,9 +42,13 @@ SETTINGS = {
     # Clients may connect as any user: PgBouncer logs in with the user of TEST_DATABASE_URL.
     "auth_type": "any",
     "admin_users": "postgres",
+    # The settings of the read-only engine of ctxalchemy: see the database READERS below.
+    "ignore_startup_parameters": "default_transaction_read_only, options",
     # The server reports these errors to clients at once. By default, PgBouncer retries for 15 seconds.
     "server_login_retry": "1",
 }
+READERS = "readers"
+"""The name of a database whose server connections refuse writes. On the server, it is the one of TEST_DATABASE_URL."""
 CONNECT = "import socket, sys; socket.create_connection(('127.0.0.1', int(sys.argv[1])), 5)"
 
 
@@ -87,12 +91,13 @@ def server() -> Iterator[str | None]:
 
 
 def configuration_for(server_url: str, port: int) -> str:
-    """Return a configuration that passes each database on to the database of the same name on the server."""
+    """Return a configuration that passes each other database on to the database of the same name on the server."""
     url = urlsplit(server_url)
     server = {"host": url.hostname, "port": url.port, "user": url.username, "password": url.password}
     target = " ".join(f"{name}={quoted(unquote(str(value)))}" for name, value in server.items() if value is not None)
     settings = "\n".join(f"{name} = {value}" for name, value in {**SETTINGS, "listen_port": port}.items())
-    return f"[databases]\n* = {target}\n\n[pgbouncer]\n{settings}\n"
+    readers = f"dbname={quoted(url.path[1:])} connect_query='SET default_transaction_read_only = on'"
+    return f"[databases]\n{READERS} = {target} {readers}\n* = {target}\n\n[pgbouncer]\n{settings}\n"
 
 
 def quoted(value: str) -> str:

@@ -42,7 +42,7 @@ def test_misspelled_option_is_refused_when_the_middleware_is_added(ctxalchemy: M
 
 
 @each_adder
-@pytest.mark.parametrize("option", ["before_commit", "commit_if"])
+@pytest.mark.parametrize("option", ["before_commit", "commit_if", "read_only_if"])
 def test_option_that_is_not_callable_is_refused_when_the_middleware_is_added(
     ctxalchemy: ModuleType, adder: Any, option: str
 ) -> None:
@@ -51,8 +51,14 @@ def test_option_that_is_not_callable_is_refused_when_the_middleware_is_added(
 
 
 @each_adder
+def test_read_only_if_that_is_async_is_refused_when_the_middleware_is_added(ctxalchemy: ModuleType, adder: Any) -> None:
+    with pytest.raises(TypeError, match="read_only_if must be a function that is not async"):
+        adder(ctxalchemy)(read_only_if=nothing)
+
+
+@each_adder
 def test_all_existing_options_are_accepted(ctxalchemy: ModuleType, adder: Any) -> None:
-    adder(ctxalchemy)(before_commit=nothing, commit_if=bool, websocket=True)
+    adder(ctxalchemy)(before_commit=nothing, commit_if=bool, read_only_if=bool, websocket=True)
 
 
 async def test_before_commit_can_be_passed_by_position(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
@@ -88,6 +94,9 @@ def test_every_option_is_passed_on_by_keyword(ctxalchemy: ModuleType, module: st
     def commit_if(_status: int) -> bool:
         return True
 
+    def is_read(_scope: Any) -> bool:
+        return True
+
     added: list[Any] = []
 
     class App(FastAPI):
@@ -95,8 +104,8 @@ def test_every_option_is_passed_on_by_keyword(ctxalchemy: ModuleType, module: st
             added.append((arguments, options))
 
     add = getattr(getattr(ctxalchemy, module), f"add_{module}_http_db_session_middleware")
-    add(App(), nothing, commit_if=commit_if, websocket=True)
-    options = {"before_commit": nothing, "commit_if": commit_if, "websocket": True}
+    add(App(), nothing, commit_if=commit_if, read_only_if=is_read, websocket=True)
+    options = {"before_commit": nothing, "commit_if": commit_if, "read_only_if": is_read, "websocket": True}
     assert added == [((ctxalchemy.ASGIHTTPDBSessionMiddleware,), options)]
 
 

@@ -92,6 +92,7 @@ class Side:
             (
                 store.closed,
                 store.manual,
+                store.read_only,
                 len(store),
                 repr(store),
                 self.described(store.token),
@@ -136,9 +137,9 @@ class Machine(RuleBasedStateMachine):
             side.contexts.append(Context() if parent is None else side.contexts[parent].copy())
         return len(self._native.contexts) - 1
 
-    @rule(target=stores, context=contexts, manual=st.booleans())
-    def open_a_context(self, context: int, manual: bool) -> int:
-        self.both(context, lambda side: side.backend.open_context(manual))
+    @rule(target=stores, context=contexts, manual=st.booleans(), read_only=st.booleans())
+    def open_a_context(self, context: int, manual: bool, read_only: bool) -> int:
+        self.both(context, lambda side: side.backend.open_context(manual, read_only))
         return len(self._native.stores) - 1
 
     @rule(target=tokens, context=contexts, force=st.booleans())

@@ -129,10 +129,11 @@ def test_methods_of_the_session_store_are_the_same(packages: Packages, name: str
         lambda store: (store.__doc__, store.__module__, store.__name__, store.__qualname__, repr(store)),
         lambda store: (store("yes").manual, store("").manual, store(None).manual),
         lambda store: {name for name in dir(store) if not name.startswith("_")},
-        lambda store: (store.manual.__doc__, store.closed.__doc__, store.token.__doc__),
+        lambda store: (store("", "yes").read_only, store(1, "").read_only, store(read_only=None).read_only),
+        lambda store: (store.manual.__doc__, store.read_only.__doc__, store.closed.__doc__, store.token.__doc__),
         lambda store: repr(store()),
         lambda store: (store().manual, store(True).manual, store(manual=True).manual),
-        lambda store: store(1, 2),
+        lambda store: store(1, 2, 3),
         lambda store: store(nothing=1),
         lambda store: (bool(store()), len(store()), store().closed, store().token),
         lambda store: store() == store(),
@@ -152,7 +153,7 @@ def test_session_stores_are_the_same(packages: Packages, observe: Callable[[Any]
     same(packages, lambda backend: observe(backend.SessionStore))
 
 
-@pytest.mark.parametrize("name", ["manual", "closed", "token", "another"])
+@pytest.mark.parametrize("name", ["manual", "read_only", "closed", "token", "another"])
 def test_attributes_of_the_session_store_cannot_be_set(packages: Packages, name: str) -> None:
     for modules in packages.values():
         with pytest.raises(AttributeError):

@@ -13,17 +13,19 @@ import pytest
 if TYPE_CHECKING:
     from types import ModuleType
 
+MIDDLEWARE = "(app, before_commit=None, *, commit_if=None, read_only_if=None, websocket=False)"
 SIGNATURES = {
     "ctxalchemy": {
         "DBConnect": "(engine_creator, session_maker_creator, host=None, before_create_session_handler=None, "
-        "*, required_settings=(), warn_held=None)",
+        "*, required_settings=(), warn_held=None, read_only_engine_creator=None, read_only_host=None)",
         "DBConnect.from_url": (
             "(url, *, before_create_session_handler=None, session_class=<class "
             "'sqlalchemy.ext.asyncio.session.AsyncSession'>, session_options=None, required_settings=(), "
-            "warn_held=None, **engine_options)"
+            "warn_held=None, read_only_host=None, **engine_options)"
         ),
         "DBConnect.connect": "(self, host)",
         "DBConnect.change_host": "(self, host)",
+        "DBConnect.change_read_only_host": "(self, host)",
         "DBConnect.create_session": "(self)",
         "DBConnect.session_maker": "(self)",
         "DBConnect.engine": "(self)",
@@ -43,8 +45,8 @@ SIGNATURES = {
         "put_db_session_to_context": "(connection, session)",
         "pop_db_session_from_context": "(connect)",
         "run_in_new_ctx": "(callable_func, *args, **kwargs)",
-        "new_ctx": "()",
-        "in_new_ctx": "(callable_func=None, /, *, attempts=1)",
+        "new_ctx": "(*, read_only=False)",
+        "in_new_ctx": "(callable_func=None, /, *, attempts=1, read_only=False)",
         "commit_all_sessions": "(before_commit=None)",
         "rollback_all_sessions": "()",
         "close_all_sessions": "()",
@@ -52,15 +54,15 @@ SIGNATURES = {
         "on_rollback": "(connect, callback)",
         "auto_commit_by_status_code": "(status_code, before_commit=None)",
         "set_local": "(connect, settings)",
-        "ASGIHTTPDBSessionMiddleware": "(app, before_commit=None, *, commit_if=None, websocket=False)",
+        "ASGIHTTPDBSessionMiddleware": MIDDLEWARE,
     },
     "ctxalchemy.starlette": {
-        "StarletteHTTPDBSessionMiddleware": "(app, before_commit=None, *, commit_if=None, websocket=False)",
-        "add_starlette_http_db_session_middleware": "(app, before_commit=None, *, commit_if=None, websocket=False)",
+        "StarletteHTTPDBSessionMiddleware": MIDDLEWARE,
+        "add_starlette_http_db_session_middleware": MIDDLEWARE,
         "starlette_http_db_session_middleware": "(request, call_next, before_commit=None)",
     },
     "ctxalchemy.fastapi": {
-        "add_fastapi_http_db_session_middleware": "(app, before_commit=None, *, commit_if=None, websocket=False)",
+        "add_fastapi_http_db_session_middleware": MIDDLEWARE,
         "fastapi_http_db_session_middleware": "(request, call_next, before_commit=None)",
     },
     "ctxalchemy.testing": {
@@ -77,10 +79,11 @@ ERRORS = {
     "MissingSettingsError": "RuntimeError",
     "PartialCommitError": "RuntimeError",
 }
-TYPES = {"BeforeCommitCallback", "CommitIf", "CurrentTransaction"}
+TYPES = {"BeforeCommitCallback", "CommitIf", "CurrentTransaction", "ReadOnlyIf"}
 COROUTINE_FUNCTIONS = [
     "DBConnect.connect",
     "DBConnect.change_host",
+    "DBConnect.change_read_only_host",
     "DBConnect.create_session",
     "DBConnect.session_maker",
     "DBConnect.close",

@@ -325,6 +325,37 @@ def test_async_session_defines_commit_rollback_and_close_itself() -> None:
         assert method not in session.__dict__, "session._is_original checks here whether a method was patched"
 
 
+async def test_isolation_level_of_new_connections_is_set_when_a_transaction_with_another_level_has_ended(
+    engine: AsyncEngine,
+) -> None:
+    """``Dialect._on_connect_isolation_level``."""
+    why = "internals.set_isolation_level_of_new_connections sets it"
+    assert engine.dialect._on_connect_isolation_level is None, why
+    engine.dialect._on_connect_isolation_level = "AUTOCOMMIT"
+    async with AsyncSession(engine) as session:
+        await session.connection(execution_options={"isolation_level": "SERIALIZABLE"})
+    async with engine.connect() as connection:
+        driver_connection: Any = (await connection.get_raw_connection()).driver_connection
+        assert driver_connection.autocommit, why
+
+
+async def test_session_is_not_clean_if_it_has_changes(engine: AsyncEngine) -> None:
+    """``Session._is_clean``."""
+    why = "internals.is_modified calls it"
+    async with AsyncSession(engine) as session:
+        assert session.sync_session._is_clean(), why
+        note = Note(name="first")
+        session.add(note)
+        assert not session.sync_session._is_clean(), why
+        await session.flush()
+        assert session.sync_session._is_clean(), why
+        note.name = "second"
+        assert not session.sync_session._is_clean(), why
+        await session.flush()
+        await session.delete(note)
+        assert not session.sync_session._is_clean(), why
+
+
 async def test_a_session_refuses_to_begin_again_in_a_begin_block(engine: AsyncEngine) -> None:
     """``Session._trans_context_manager``."""
     why = "internals.leave_begin_block sets it to None"

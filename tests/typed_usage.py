@@ -15,6 +15,7 @@ from ctxalchemy import (
     CurrentTransaction,
     DBConnect,
     PartialCommitError,
+    ReadOnlyIf,
     atomic_db_session,
     auto_commit_by_status_code,
     close_all_sessions,
@@ -78,6 +79,9 @@ async def databases() -> None:
     assert_type(await db.session_maker(), async_sessionmaker[AsyncSession])
     assert_type(await db.connect("first"), None)
     assert_type(await db.change_host("second"), None)
+    assert_type(db.read_only_host, str | None)
+    assert_type(await db.change_read_only_host("replica"), None)
+    DBConnect(create_engine, create_session_maker, read_only_engine_creator=create_engine, read_only_host="replica")
     assert_type(await db.close(), None)
     DBConnect(create_session_maker, create_engine)  # type: ignore[arg-type]
 
@@ -122,11 +126,17 @@ async def contexts() -> None:
     await run_in_new_ctx(work, "2")  # type: ignore[arg-type]
     async with new_ctx() as nothing:
         assert_type(nothing, None)
+    async with new_ctx(read_only=True):
+        pass
     try:
         await commit_all_sessions()
     except PartialCommitError as error:
         assert_type(error.committed, tuple[DBConnect, ...])
         assert_type(error.failed, tuple[DBConnect, ...])
+
+
+def is_read(scope: Any) -> bool:
+    return bool(scope["type"] == "http" and scope["method"] == "GET")
 
 
 @in_new_ctx
@@ -135,7 +145,7 @@ async def job(number: int, *, name: str = "") -> list[str]:
 
 
 class Service:
-    @in_new_ctx(attempts=3)
+    @in_new_ctx(attempts=3, read_only=True)
     async def method(self, number: int) -> str:
         return str(number)
 
@@ -157,12 +167,13 @@ async def decorated_functions() -> None:
 
 
 def applications() -> None:
+    read_only_if: ReadOnlyIf = is_read
     fastapi, starlette = FastAPI(), Starlette()
     commit_if: CommitIf = bool
-    add_fastapi_http_db_session_middleware(fastapi, before_commit, websocket=True)
+    add_fastapi_http_db_session_middleware(fastapi, before_commit, read_only_if=is_read, websocket=True)
     add_starlette_http_db_session_middleware(starlette, commit_if=lambda status: status < 500)
     starlette.add_middleware(StarletteHTTPDBSessionMiddleware, before_commit=before_commit)
-    fastapi.add_middleware(ASGIHTTPDBSessionMiddleware, commit_if=commit_if)
+    fastapi.add_middleware(ASGIHTTPDBSessionMiddleware, commit_if=commit_if, read_only_if=read_only_if)
     ASGIHTTPDBSessionMiddleware(fastapi)
 
 

@@ -30,7 +30,7 @@ from ._errors import (
 )
 from ._hooks import on_commit, on_rollback
 from ._in_new_ctx import in_new_ctx
-from ._middleware import ASGIHTTPDBSessionMiddleware, CommitIf
+from ._middleware import ASGIHTTPDBSessionMiddleware, CommitIf, ReadOnlyIf
 
 __version__ = "0.1.0"
 
@@ -46,6 +46,7 @@ __all__ = [
     "DBConnect",
     "MissingSettingsError",
     "PartialCommitError",
+    "ReadOnlyIf",
     "SessionNotReadyError",
     "atomic_db_session",
     "auto_commit_by_status_code",

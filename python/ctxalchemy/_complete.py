@@ -15,6 +15,8 @@ from ._errors import see
 from ._sqlalchemy.session import (
     PartlyCommittedError,
     begin_savepoint,
+    check_ins,
+    check_read_only,
     close_session_without_io,
     closings,
     commit_session,
@@ -74,6 +76,7 @@ class Callbacks(Protocol):
     """The callbacks of one context that run after its transactions: see ``_hooks``."""
 
     def add(self, session: Session, callback: Callable[[], object], is_on_commit: bool) -> None: ...
+    def count_as_committed(self, sessions: list[AsyncSession]) -> None: ...
     async def run(self, before_commit: BeforeCommitCallback | None = None, defer: bool = False) -> None: ...
     async def run_after(self, error: BaseException) -> None: ...
     def raise_deferred(self) -> None: ...
@@ -136,9 +139,14 @@ async def commit_all(
         before_commit: awaited with each session before it is committed.
         streaming: other tasks may begin to use the sessions during the commit.
         skip: the sessions to leave alone, by their ids.
+
+    In a read-only context there is nothing to commit, and the connections of the sessions are checked in.
     """
     skip = skip or {}
     seen = skip.copy()
+    if store.read_only:
+        await _check_in_all(store, [session for _, session in _begun(store, seen)])
+        return
     committed: list[DBConnect] = []
     failed: list[DBConnect] = []
     try:
@@ -178,6 +186,15 @@ async def commit_all(
         if partial is not None:
             _raise_partial(partial, error)
         raise
+
+
+async def _check_in_all(store: SessionStore, sessions: list[AsyncSession]) -> None:
+    """End the transactions of a read-only context, which only exist in SQLAlchemy."""
+    for session in sessions:
+        check_read_only(session)
+    await check_ins.run(sessions, "checked in")
+    if callbacks and (own := callbacks.of(store)) is not None:
+        own.count_as_committed(sessions)
 
 
 async def commit_one(database: DBConnect, session: AsyncSession) -> None:

@@ -79,13 +79,18 @@ def _opened_since(token: Token[SessionStore | None]) -> list[SessionStore]:
 
 
 @asynccontextmanager
-async def new_ctx() -> AsyncIterator[None]:
+async def new_ctx(*, read_only: bool = False) -> AsyncIterator[None]:
     """Open a context for a block: in a worker, a script, or a task that outlives its request.
 
     The context is committed at the end of the block.  It is rolled back if the block raises or is cancelled.  It is
     always closed.
 
+    Args:
+        read_only: use sessions of the read-only engines, on which each statement takes one round trip.  The database
+            refuses writes, and nothing is committed.
+
     Raises:
+        sqlalchemy.exc.InvalidRequestError: the context is read-only, and a session has changes that were not flushed.
         PartialCommitError: a commit failed after the commits of other sessions had succeeded.
         Exception: the exception of committing or closing a session.
 
@@ -95,7 +100,7 @@ async def new_ctx() -> AsyncIterator[None]:
         ...     session.add(Job(name="nightly"))
     """
     outer = current_context()
-    store = open_context()
+    store = open_context(False, read_only)
     if _settings.contexts:
         _settings.inherit(outer, store)
     try:
@@ -142,11 +147,16 @@ async def run_in_new_ctx(callable_func: Callable[P, Coroutine[Any, Any, T]], *ar
     return await run(callable_func, args, kwargs)
 
 
-async def run(callable_func: Callable[..., Coroutine[Any, Any, T]], args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
+async def run(
+    callable_func: Callable[..., Coroutine[Any, Any, T]],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    read_only: bool = False,
+) -> T:
     """Do what ``run_in_new_ctx`` does.  The function may have parameters with any names."""
 
     async def run_in_task() -> T:
-        async with new_ctx():
+        async with new_ctx(read_only=read_only):
             coroutine = callable_func(*args, **kwargs)
             if not hasattr(coroutine, "__await__"):
                 name = getattr(callable_func, "__qualname__", type(callable_func).__name__)

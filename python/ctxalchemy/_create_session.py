@@ -23,6 +23,8 @@ class Store(Protocol):
 
     @property
     def closed(self) -> bool: ...
+    @property
+    def read_only(self) -> bool: ...
     def get(self, database: DBConnect, /) -> AsyncSession | None: ...
     def put(self, database: DBConnect, session: AsyncSession, /) -> None: ...
 
@@ -40,8 +42,9 @@ async def create_session(store: Store, connect: DBConnect) -> AsyncSession:
     If the other task fails or is cancelled, the next task in line creates the session.
     """
     _check(store, connect)
-    if connect.before_create_session_handler is None:
-        session = new_session(connect)
+    handler = connect.before_create_session_handler
+    if handler is None:
+        session = new_session(connect, store.read_only)
         _put(store, connect, session)
         return session
     lock = _lock(store, connect)
@@ -56,7 +59,8 @@ async def create_session(store: Store, connect: DBConnect) -> AsyncSession:
             return created
         token = _acquired.set((*_acquired.get(), lock))
         try:
-            session = await connect.create_session()
+            await handler(connect)
+            session = new_session(connect, store.read_only)
         finally:
             _acquired.reset(token)
         # The context may have changed while the handler was running.
@@ -85,7 +89,7 @@ def create_session_nowait(store: Store, connect: DBConnect) -> AsyncSession:
             "call 'await db_session(connect)' in an async function"
             + see("faq.md#no-database-session-context-is-open-here")
         )
-    session = new_session(connect)
+    session = new_session(connect, store.read_only)
     _put(store, connect, session)
     return session
 

@@ -7,14 +7,16 @@ import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 
 from ._engine import LoopEngine, check_engine
+from ._errors import see
 from ._held import check_seconds, warn_held_connections
 from ._host_engines import HostEngines, close, dispose
 from ._settings import check_names
 from ._shield import add_note, shield
-from ._url import create_memory_engine, host_in, parse_url, replace_host, shared_memory_url
+from ._url import can_share, create_memory_engine, host_in, parse_url, replace_host, shared_memory_url
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -47,11 +49,17 @@ class DBConnect:
             not checked.
         warn_held: seconds after which a warning is logged for a connection that is checked out and has executed no
             statement.  By default, none is logged.
+        read_only_engine_creator: called with the host; returns the engine for read-only contexts.  ctxalchemy sets
+            autocommit on its connections, and lets the database refuse writes on them.  The creator must not return the
+            engine of ``engine_creator``.
+        read_only_host: the host of the read-only engine, for example a replica.  By default, the read-only engine uses
+            the current host.
 
     Raises:
-        TypeError: a creator or the handler is not a function, a creator is async, or ``required_settings`` or
-            ``warn_held`` has the wrong type.
-        ValueError: the host is empty, a name in ``required_settings`` is invalid, or ``warn_held`` is not positive.
+        TypeError: a creator or the handler is not a function, a creator is async, or ``required_settings``,
+            ``warn_held`` or ``read_only_host`` has the wrong type.
+        ValueError: a host is empty, a name in ``required_settings`` is invalid, ``warn_held`` is not positive, or there
+            is a ``read_only_host`` and no ``read_only_engine_creator``.
 
     Example:
         >>> db = DBConnect(
@@ -70,6 +78,8 @@ class DBConnect:
         *,
         required_settings: Iterable[str] = (),
         warn_held: float | None = None,
+        read_only_engine_creator: EngineCreator | None = None,
+        read_only_host: str | None = None,
     ) -> None:
         _check_creator("engine_creator", engine_creator, "takes the host and returns an AsyncEngine")
         _check_creator(
@@ -80,14 +90,23 @@ class DBConnect:
             raise TypeError(
                 f"before_create_session_handler must be an async function that takes the DBConnect, not {got}"
             )
-        if host is not None:
-            _check_host(host)
+        if read_only_engine_creator is not None:
+            _check_creator(
+                "read_only_engine_creator", read_only_engine_creator, "takes the host and returns an AsyncEngine"
+            )
+        for name, each in (("host", host), ("read_only_host", read_only_host)):
+            if each is not None:
+                _check_host(each, name)
+        if read_only_host is not None and read_only_engine_creator is None:
+            raise ValueError("read_only_host needs a read_only_engine_creator, which builds the engine for it")
         self.engine_creator = engine_creator
         self.session_maker_creator = session_maker_creator
         self.before_create_session_handler = before_create_session_handler
         self.required_settings: tuple[str, ...] = check_names(required_settings)
         self.warn_held: float | None = check_seconds(warn_held)
+        self.read_only_engine_creator = read_only_engine_creator
         self._engines = HostEngines(self._build, host)
+        self._read_only_engines = HostEngines(self._build_read_only, read_only_host, default=self._engines)
 
     @classmethod
     def from_url(
@@ -99,6 +118,7 @@ class DBConnect:
         session_options: Mapping[str, Any] | None = None,
         required_settings: Iterable[str] = (),
         warn_held: float | None = None,
+        read_only_host: str | None = None,
         **engine_options: Any,
     ) -> DBConnect:
         """Create a database object from a URL.  By default, its sessions do not expire on commit.
@@ -116,10 +136,13 @@ class DBConnect:
             session_options: options of the sessions, such as ``{"autoflush": False}``.
             required_settings: as for ``DBConnect``.
             warn_held: as for ``DBConnect``.
-            engine_options: options of ``create_async_engine``, such as ``pool_size``.
+            read_only_host: the host of the read-only engine, for example a replica, instead of the host in the URL.
+            engine_options: options of ``create_async_engine``, such as ``pool_size``.  The read-only engine has the
+                same options, and a pool of its own.
 
         Raises:
             TypeError: an argument has the wrong type, or an option is unknown.
+            ValueError: the host in the URL cannot be replaced by ``read_only_host``.
             sqlalchemy.exc.ArgumentError: the URL cannot be parsed, or its driver is unknown or synchronous.
             ModuleNotFoundError: the driver is not installed.
 
@@ -129,6 +152,10 @@ class DBConnect:
         first = parse_url(url)
         first_host = host_in(first)
         memory_url = shared_memory_url(first, engine_options)
+
+        if read_only_host is not None:
+            _check_host(read_only_host, "read_only_host")
+            replace_host(first, read_only_host)
 
         def create_engine(host: str, options: dict[str, Any] = engine_options) -> AsyncEngine:
             if host != first_host:
@@ -163,6 +190,8 @@ class DBConnect:
             before_create_session_handler,
             required_settings=required_settings,
             warn_held=warn_held,
+            read_only_engine_creator=create_engine if can_share(first, engine_options) else None,
+            read_only_host=read_only_host,
         )
 
     @property
@@ -173,6 +202,11 @@ class DBConnect:
     @host.setter
     def host(self, host: str | None) -> None:
         self._engines.host = host
+
+    @property
+    def read_only_host(self) -> str | None:
+        """The host of the read-only engine, or None if it uses the current host."""
+        return self._read_only_engines.host
 
     async def connect(self, host: str) -> None:
         """Set the host and build its engine.
@@ -206,6 +240,26 @@ class DBConnect:
         _check_host(host)
         if host != self.host:
             await self._switch(host)
+
+    async def change_read_only_host(self, host: str) -> None:
+        """Use another host for read-only contexts from now on.  If the host is the current one, nothing happens.
+
+        Open sessions finish as after ``change_host``.
+
+        Args:
+            host: the host.
+
+        Raises:
+            ValueError: the host is empty, or the host in the URL cannot be replaced.
+            sqlalchemy.exc.InvalidRequestError: this database has no read-only engine.
+            Exception: the exception of a creator.  This object is then unchanged.
+
+        Example:
+            >>> await db.change_read_only_host("replica-2")
+        """
+        _check_host(host)
+        if host != self.read_only_host:
+            await shield(dispose(self._read_only_engines.switch(host)))
 
     async def create_session(self) -> AsyncSession:
         """Create a session that belongs to no context.  The caller must close it.
@@ -268,17 +322,31 @@ class DBConnect:
 
         Each event loop closes its own connections: those of other running loops stay open.
         """
-        await shield(close(*self._engines.remove()))
+        engines, earlier = self._engines.remove()
+        read_only_engines, read_only_earlier = self._read_only_engines.remove()
+        await shield(close(engines + read_only_engines, earlier + read_only_earlier))
 
     def _build(self, host: str) -> LoopEngine:
-        engine = self.engine_creator(host)
-        check_engine(engine)
+        return self._build_with("engine_creator", self.engine_creator, host, read_only=False)
+
+    def _build_read_only(self, host: str) -> LoopEngine:
+        if self.read_only_engine_creator is None:
+            raise InvalidRequestError(
+                "this database has no engine for read-only contexts: pass read_only_engine_creator to DBConnect"
+                + see("guides/read-only-requests.md#create-the-read-only-engine-yourself")
+            )
+        return self._build_with("read_only_engine_creator", self.read_only_engine_creator, host, read_only=True)
+
+    def _build_with(self, name: str, creator: EngineCreator, host: str, read_only: bool) -> LoopEngine:
+        engine = creator(host)
+        check_engine(name, engine)
         if self.warn_held is not None:
             warn_held_connections(engine, self.warn_held)
-        return LoopEngine(host, engine, self.session_maker_creator(engine))
+        return LoopEngine(host, engine, self.session_maker_creator(engine), read_only)
 
     async def _switch(self, host: str) -> None:
-        await shield(dispose(self._engines.switch(host)))
+        old = self._engines.switch(host)
+        await shield(dispose(old + self._read_only_engines.follow()))
 
     def __repr__(self) -> str:
         # The database distinguishes two databases on one host.  The URL may contain the password in several parts.
@@ -288,9 +356,10 @@ class DBConnect:
         return f"<DBConnect host={_shown(self.host)}, not connected>"
 
 
-def new_session(connect: DBConnect) -> AsyncSession:
+def new_session(connect: DBConnect, read_only: bool = False) -> AsyncSession:
     """Create a session without calling the ``before_create_session_handler``."""
-    maker = connect._engines.get().session_maker
+    engines = connect._read_only_engines if read_only else connect._engines
+    maker = engines.get().session_maker
     if type(maker) is async_sessionmaker:
         # This is what calling the maker does, without the copy that the maker makes of its options.
         return maker.class_(**maker.kw)
@@ -314,11 +383,11 @@ def _check_creator(name: str, creator: object, what: str) -> None:
         raise TypeError(f"{name} must be a function that {what}, not an async function")
 
 
-def _check_host(host: str) -> None:
+def _check_host(host: str, name: str = "host") -> None:
     if not isinstance(host, str):
-        raise TypeError(f"host must be a string, not {type(host).__name__}")
+        raise TypeError(f"{name} must be a string, not {type(host).__name__}")
     if not host:
-        raise ValueError("host must not be empty")
+        raise ValueError(f"{name} must not be empty")
 
 
 def _shown(host: str | None) -> str:

@@ -15,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from ._sqlalchemy.guard import watch, watch_commits
 from ._sqlalchemy.internals import greenlet_spawn
+from ._sqlalchemy.read_only import claim
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
@@ -31,12 +32,15 @@ class LoopEngine:
         host: the host.
         engine: the engine.  Another object than an ``AsyncEngine``, such as a mock, is used without any protection.
         session_maker: the session maker on the engine.
+        read_only: let the server refuse writes on this engine.
 
     Raises:
-        TypeError: the engine is synchronous.
+        ValueError: the engine is used for reads and for writes, or its database cannot refuse writes.
     """
 
-    def __init__(self, host: str, engine: AsyncEngine, session_maker: async_sessionmaker[AsyncSession]) -> None:
+    def __init__(
+        self, host: str, engine: AsyncEngine, session_maker: async_sessionmaker[AsyncSession], read_only: bool
+    ) -> None:
         self.host = host
         self.engine = engine
         self.session_maker = session_maker
@@ -46,6 +50,7 @@ class LoopEngine:
         if self._is_real:
             event.listen(engine.sync_engine, "connect", self._on_connect)
             watch(engine)
+            claim(engine, read_only)
             if event.contains(engine.sync_engine, "checkin", _invalidate_on_checkin):
                 # A creator may return the same engine each time.  This engine was retired before, and is in use again.
                 event.remove(engine.sync_engine, "checkin", _invalidate_on_checkin)
@@ -162,10 +167,10 @@ async def close_connections(closings: list[Closing]) -> None:
                 closing.terminate()
 
 
-def check_engine(engine: object) -> None:
-    """Raise if a creator returned a synchronous engine."""
+def check_engine(creator: str, engine: object) -> None:
+    """Raise if the creator with this name returned a synchronous engine."""
     if isinstance(engine, Engine):
-        raise TypeError(f"engine_creator must return an AsyncEngine, it returned {type(engine).__name__}")
+        raise TypeError(f"{creator} must return an AsyncEngine, it returned {type(engine).__name__}")
 
 
 def _invalidate_on_checkin(_dbapi_connection: object, pool_entry: ConnectionPoolEntry) -> None:

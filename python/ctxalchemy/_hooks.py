@@ -9,6 +9,8 @@ transaction was committed, and ``after_transaction_end`` decides:
   transaction itself (``await session.commit()``), the callbacks run here, in the greenlet of that call.  If ctxalchemy
   ended it, they wait: ``_complete`` runs them when all sessions are completed, in the order of registration.
 
+In a read-only context there is no COMMIT: the callbacks run as committed ones if the context is completed.
+
 A session has these listeners only if it has callbacks.
 """
 
@@ -135,6 +137,7 @@ class _Hooks:
 
     def __init__(self, store: SessionStore) -> None:
         self._store = ref(store)
+        self._is_read_only = store.read_only
         self._entries: list[_Entry] = []
         self._deferred: list[BaseException] = []
 
@@ -145,6 +148,19 @@ class _Hooks:
             event.listen(session, "after_transaction_end", self._on_end)
         self._entries.append(_Entry(callback, is_on_commit, transaction))
 
+    def count_as_committed(self, sessions: list[AsyncSession]) -> None:
+        """Let the transactions of these sessions count as committed, because a read-only context is completed.
+
+        A transaction that another task is using is still open.
+        """
+        for entry in self._entries:
+            transaction = entry.transaction
+            if transaction is not None and async_session(transaction.session) in sessions:
+                while (outer := _outer(transaction)) is not None:
+                    transaction = outer
+                entry.transaction = transaction
+                entry.is_committed = True
+
     # --- events of SQLAlchemy ------------------------------------------------------------------------
 
     def _on_commit(self, session: Session) -> None:
@@ -154,11 +170,14 @@ class _Hooks:
                 entry.is_committed = True
 
     def _on_end(self, session: Session, transaction: SessionTransaction) -> None:
-        if self._end(transaction):
+        owner = async_session(session)
+        is_ending = id(owner) in ending
+        # ``count_as_committed`` decides, if the context is completed, and then ``_end_unnoticed``.
+        if (is_ending and self._is_read_only) or self._end(transaction):
             # The callbacks may use the session, even inside ``async with session.begin()``.
-            if (owner := async_session(session)) is not None:
+            if owner is not None:
                 leave_begin_block(owner)
-            if id(owner) not in ending and in_greenlet():
+            if not is_ending and in_greenlet():
                 await_only(self.run())
 
     def _end(self, transaction: SessionTransaction) -> bool:

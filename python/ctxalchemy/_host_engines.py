@@ -16,10 +16,14 @@ class HostEngines:
     Args:
         build: called with the host; returns an engine on the running event loop.
         host: the host, if it is known already.
+        default: as long as there is no host, the host of these engines is used.
     """
 
-    def __init__(self, build: Callable[[str], LoopEngine], host: str | None) -> None:
+    def __init__(
+        self, build: Callable[[str], LoopEngine], host: str | None, default: HostEngines | None = None
+    ) -> None:
         self.host = host
+        self._default = default
         self._build = build
         # Event loops in several threads may change the host, and the next two, which are changed together.  No creator
         # is called with this lock, and nothing is awaited.
@@ -38,18 +42,21 @@ class HostEngines:
             Exception: the exception of a creator.
         """
         engine = self._engines.get(asyncio.get_running_loop())
-        if engine is None or engine.host != self.host:
+        if engine is None or engine.host != (self.host or self._default_host()):
             engine = self._add()
         return engine
 
+    def _default_host(self) -> str | None:
+        return None if self._default is None else self._default.host
+
     def _add(self) -> LoopEngine:
         while True:
-            host = self.host
+            host = self.host or self._default_host()
             if not host:
                 raise ValueError("host is not set")
             engine = self._build(host)
             with self._lock:
-                if host == self.host:
+                if host == (self.host or self._default_host()):
                     old = self._engines.get(engine.loop)
                     self._engines[engine.loop] = engine
                     self._retire([] if old is None or old.engine is engine.engine else [old])
@@ -73,6 +80,19 @@ class HostEngines:
             old = [each for each in self._engines.values() if each.engine is not engine.engine]
             self._engines = {engine.loop: engine}
             self.host = host
+            self._retire(old)
+        return old
+
+    def follow(self) -> list[LoopEngine]:
+        """Remove the engines of an earlier host, after the host of the default engines has changed.
+
+        Returns:
+            These engines, to be disposed of.
+        """
+        with self._lock:
+            host = self.host or self._default_host()
+            old = [each for each in self._engines.values() if each.host != host]
+            self._engines = {loop: each for loop, each in self._engines.items() if each.host == host}
             self._retire(old)
         return old
 

@@ -27,13 +27,15 @@ _MARK = "_ctxalchemy_in_new_ctx"
 
 @overload
 def in_new_ctx(
-    callable_func: Callable[P, Coroutine[Any, Any, T]], /, *, attempts: int = 1
+    callable_func: Callable[P, Coroutine[Any, Any, T]], /, *, attempts: int = 1, read_only: bool = False
 ) -> Callable[P, Coroutine[Any, Any, T]]: ...
 @overload
 def in_new_ctx(
-    *, attempts: int = 1
+    *, attempts: int = 1, read_only: bool = False
 ) -> Callable[[Callable[P, Coroutine[Any, Any, T]]], Callable[P, Coroutine[Any, Any, T]]]: ...
-def in_new_ctx(callable_func: Callable[..., Any] | None = None, /, *, attempts: int = 1) -> Callable[..., Any]:
+def in_new_ctx(
+    callable_func: Callable[..., Any] | None = None, /, *, attempts: int = 1, read_only: bool = False
+) -> Callable[..., Any]:
     """Decorate an async function: each call runs as ``run_in_new_ctx`` does.  For jobs, tools and consumers.
 
     The decorated function keeps the name, the docstring and the signature of the function.
@@ -47,6 +49,7 @@ def in_new_ctx(callable_func: Callable[..., Any] | None = None, /, *, attempts: 
     Args:
         callable_func: the async function.
         attempts: how often the function runs at most.
+        read_only: each context is read-only, as with ``new_ctx(read_only=True)``.
 
     Raises:
         TypeError: the function is not async, or ``attempts`` is not an integer.
@@ -73,7 +76,7 @@ def in_new_ctx(callable_func: Callable[..., Any] | None = None, /, *, attempts: 
 
         @wraps(function)
         async def wrapper(*args: Any, **kwargs: Any) -> T:
-            return await _run_with_attempts(function, attempts, args, kwargs)
+            return await _run_with_attempts(function, attempts, read_only, args, kwargs)
 
         wrapper.__dict__[_MARK] = True
         return wrapper
@@ -82,13 +85,17 @@ def in_new_ctx(callable_func: Callable[..., Any] | None = None, /, *, attempts: 
 
 
 async def _run_with_attempts(
-    function: Callable[..., Coroutine[Any, Any, T]], attempts: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    function: Callable[..., Coroutine[Any, Any, T]],
+    attempts: int,
+    read_only: bool,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> T:
     earlier: list[str] = []
     try:
         for attempt in range(1, attempts):
             try:
-                return await run(function, args, kwargs)
+                return await run(function, args, kwargs, read_only)
             except Exception as error:
                 # If a callback raised it, the transaction has been committed.
                 if not is_serialization_failure(error) or is_after_transaction(error):
@@ -98,7 +105,7 @@ async def _run_with_attempts(
             logger.info("attempt %d of %d of %s failed", attempt, attempts, _name(function))
             # The delay is random from 0 on, so that attempts that failed because of each other do not meet again.
             await asyncio.sleep(uniform(0, min(RETRY_DELAY * 2 ** (attempt - 1), MAX_RETRY_DELAY)))
-        return await run(function, args, kwargs)
+        return await run(function, args, kwargs, read_only)
     except BaseException as error:
         for note in earlier:
             error.add_note(note)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextvars import Token
+from inspect import iscoroutinefunction
 from typing import Any, NoReturn
 
 from . import _complete, _logging
@@ -23,6 +24,8 @@ Send = Callable[[Message], Awaitable[None]]
 ASGIApp = Callable[[Any, Any, Any], Awaitable[None]]
 CommitIf = Callable[[int], bool]
 """A function that receives the status of a response and returns whether this status commits."""
+ReadOnlyIf = Callable[[Any], bool]
+"""A function that receives the ASGI scope and returns whether the request only reads."""
 
 # The messages that contain a response body or its last part.  Two of them belong to extensions of ASGI.
 _BODY = frozenset({"http.response.body", "http.response.pathsend", "http.response.zerocopysend"})
@@ -41,11 +44,13 @@ class ASGIHTTPDBSessionMiddleware:
         before_commit: awaited with each session before it is committed.
         commit_if: called with the status of the response; returns whether to commit.  By default, a status below 400
             commits.
+        read_only_if: called with the scope; returns whether the request only reads.  Its context is then read-only: it
+            uses sessions of the read-only engines, the database refuses writes, and nothing is committed.
         websocket: open a context for each WebSocket connection too.  It is committed when the application returns.  It
             is rolled back if the application raises, or never accepted the connection.
 
     Raises:
-        TypeError: ``before_commit`` or ``commit_if`` is not callable.
+        TypeError: ``before_commit``, ``commit_if`` or ``read_only_if`` is not callable, or ``read_only_if`` is async.
 
     Example:
         >>> app = ASGIHTTPDBSessionMiddleware(app)
@@ -57,14 +62,20 @@ class ASGIHTTPDBSessionMiddleware:
         before_commit: BeforeCommitCallback | None = None,
         *,
         commit_if: CommitIf | None = None,
+        read_only_if: ReadOnlyIf | None = None,
         websocket: bool = False,
     ) -> None:
-        for name, function in (("before_commit", before_commit), ("commit_if", commit_if)):
+        options = {"before_commit": before_commit, "commit_if": commit_if, "read_only_if": read_only_if}
+        for name, function in options.items():
             if function is not None and not callable(function):
                 raise TypeError(f"{name} must be callable, got {type(function).__name__}")
+        if iscoroutinefunction(read_only_if):
+            # What it returns would always be true.
+            raise TypeError("read_only_if must be a function that is not async")
         self.app = app
         self.before_commit = before_commit
         self.commit_if: CommitIf = commit_if if commit_if is not None else is_success
+        self.read_only_if = read_only_if
         self.websocket = websocket
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -76,7 +87,8 @@ class ASGIHTTPDBSessionMiddleware:
         ):
             await self.app(scope, receive, send)
             return
-        store = open_context()
+        read_only_if = self.read_only_if
+        store = open_context() if read_only_if is None else open_context(False, read_only_if(scope))
         scope[SCOPE_KEY] = store
         try:
             if kind == "http":

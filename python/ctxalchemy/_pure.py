@@ -42,17 +42,29 @@ class SessionStore:
 
     Args:
         manual: the application opened the context, and not the middleware.  The middleware uses such a context.
+        read_only: the sessions are those of the read-only engines.
     """
 
     # Most contexts have one session, which has slots of its own.  The second and later sessions are in a dictionary by
     # the id of their database, because a subclass of DBConnect need not be hashable.
-    __slots__ = ("__weakref__", "_closed", "_database", "_manual", "_others", "_session", "_thread", "_token")
+    __slots__ = (
+        "__weakref__",
+        "_closed",
+        "_database",
+        "_manual",
+        "_others",
+        "_read_only",
+        "_session",
+        "_thread",
+        "_token",
+    )
 
-    def __init__(self, manual: bool = False) -> None:
+    def __init__(self, manual: bool = False, read_only: bool = False) -> None:
         self._database: DBConnect | None = None
         self._session: AsyncSession | None = None
         self._others = _NO_OTHERS
         self._manual = manual
+        self._read_only = read_only
         self._closed = False
         # The sessions belong to the event loop of this thread.
         self._thread = _ANY_THREAD
@@ -80,6 +92,11 @@ class SessionStore:
     def manual(self) -> bool:
         """Whether the application opened the context."""
         return bool(self._manual)
+
+    @property
+    def read_only(self) -> bool:
+        """Whether the sessions of the context are those of the read-only engines."""
+        return bool(self._read_only)
 
     @property
     def closed(self) -> bool:
@@ -172,9 +189,9 @@ current_context = _current.get
 """Return the current context, open or closed, or None."""
 
 
-def open_context(manual: bool = False) -> SessionStore:
+def open_context(manual: bool = False, read_only: bool = False) -> SessionStore:
     """Open a context, make it the current one, and return it."""
-    store = SessionStore(manual)
+    store = SessionStore(manual, read_only)
     store._thread = get_ident()
     store._token = _set(store)
     return store

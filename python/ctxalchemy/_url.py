@@ -96,11 +96,20 @@ def shared_memory_url(url: URL, options: dict[str, Any]) -> URL | None:
     SQLAlchemy uses one connection for all sessions of such a URL: a rollback of one session undoes the work of the
     others, and the database ends with the connection.  SQLite before 3.36 cannot do better.
     """
-    in_memory = url.drivername == "sqlite+aiosqlite" and url.database in (None, "", ":memory:")
-    if not in_memory or "uri" in url.query or _POOL_OPTIONS & set(options) or sqlite3.sqlite_version_info < (3, 36):
+    if not _is_in_memory(url) or _POOL_OPTIONS & set(options) or sqlite3.sqlite_version_info < (3, 36):
         return None
     # Connections of this process that open the same name share the database: https://sqlite.org/src/file/src/memdb.c
     return url.set(database=f"file:/ctxalchemy-{uuid4().hex}").update_query_dict({"uri": "true", "vfs": "memdb"})
+
+
+def can_share(url: URL, options: dict[str, Any]) -> bool:
+    """Return whether a second engine with this URL and these options uses the same database, in a pool of its own."""
+    return "pool" not in options and (not _is_in_memory(url) or shared_memory_url(url, options) is not None)
+
+
+def _is_in_memory(url: URL) -> bool:
+    in_memory = url.drivername == "sqlite+aiosqlite" and url.database in (None, "", ":memory:")
+    return in_memory and "uri" not in url.query
 
 
 def create_memory_engine(url: URL, options: dict[str, Any]) -> AsyncEngine:

@@ -11,7 +11,7 @@ from ._api import auto_commit_by_status_code
 from ._backend import current_context
 from ._complete import BeforeCommitCallback
 from ._context import new_ctx
-from ._middleware import ASGIHTTPDBSessionMiddleware, CommitIf, joins_context, mark_context
+from ._middleware import ASGIHTTPDBSessionMiddleware, CommitIf, ReadOnlyIf, joins_context, mark_context
 
 __all__ = [
     "StarletteHTTPDBSessionMiddleware",
@@ -27,6 +27,7 @@ def add_starlette_http_db_session_middleware(
     before_commit: BeforeCommitCallback | None = None,
     *,
     commit_if: CommitIf | None = None,
+    read_only_if: ReadOnlyIf | None = None,
     websocket: bool = False,
 ) -> None:
     """Add the middleware to an application.
@@ -36,21 +37,29 @@ def add_starlette_http_db_session_middleware(
         before_commit: awaited with each session before it is committed.
         commit_if: called with the status of the response; returns whether to commit.  By default, a status below 400
             commits.
+        read_only_if: called with the scope; returns whether the request only reads.  Its context is then read-only: it
+            uses sessions of the read-only engines, the database refuses writes, and nothing is committed.
         websocket: open a context for each WebSocket connection too.  It is committed when the application returns.  It
             is rolled back if the application raises, or never accepted the connection.
 
     Raises:
-        TypeError: ``before_commit`` or ``commit_if`` is not callable.
+        TypeError: ``before_commit``, ``commit_if`` or ``read_only_if`` is not callable, or ``read_only_if`` is async.
 
     Example:
         >>> app = Starlette(routes=routes)
         >>> add_starlette_http_db_session_middleware(app)
     """
     # Check the options now: Starlette creates the middleware at the first request.
-    ASGIHTTPDBSessionMiddleware(app, before_commit=before_commit, commit_if=commit_if, websocket=websocket)
+    ASGIHTTPDBSessionMiddleware(
+        app, before_commit=before_commit, commit_if=commit_if, read_only_if=read_only_if, websocket=websocket
+    )
     # By keyword: instrumentation such as Sentry's wraps the middleware in functions that take no other arguments.
     app.add_middleware(
-        ASGIHTTPDBSessionMiddleware, before_commit=before_commit, commit_if=commit_if, websocket=websocket
+        ASGIHTTPDBSessionMiddleware,
+        before_commit=before_commit,
+        commit_if=commit_if,
+        read_only_if=read_only_if,
+        websocket=websocket,
     )
 
 

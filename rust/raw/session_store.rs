@@ -32,6 +32,8 @@ struct Contents {
     /// The thread of the event loop to which the sessions belong, or `ANY_THREAD`.
     thread: c_ulong,
     manual: bool,
+    /// The sessions are those of the read-only engines.
+    read_only: bool,
     closed: bool,
 }
 
@@ -81,13 +83,13 @@ impl SessionStore {
     }
 
     #[inline(always)]
-    pub fn new(py: Python<'_>, manual: bool, of_this_thread: bool) -> Outcome<'_, SessionStore> {
+    pub fn new(py: Python<'_>, manual: bool, read_only: bool, of_this_thread: bool) -> Outcome<'_, SessionStore> {
         let store = match FREE_LIST.pop(py) {
             Some(store) => store.as_ptr(),
             None => Self::allocate()?.as_ptr(),
         };
         let thread = if of_this_thread { this_thread(py) } else { ANY_THREAD };
-        let contents = Contents { token: None, sessions: Slots::new(), thread, manual, closed: false };
+        let contents = Contents { token: None, sessions: Slots::new(), thread, manual, read_only, closed: false };
         // SAFETY: the object is a `SessionStore` that no other code uses.  Every field is set before the garbage
         // collector tracks the object.
         unsafe {
@@ -122,11 +124,12 @@ impl SessionStore {
     }
 
     /// Make the context what `new` returns: open and empty.
-    pub fn reinitialize(this: &Bound<'_, Self>, manual: bool) {
+    pub fn reinitialize(this: &Bound<'_, Self>, manual: bool, read_only: bool) {
         // SAFETY: the old contents are moved out, and dropped after the access.
         let old = unsafe {
             Self::with(this, |contents| {
                 contents.manual = manual;
+                contents.read_only = read_only;
                 contents.closed = false;
                 contents.thread = ANY_THREAD;
                 (contents.sessions.take(), contents.token.take())
@@ -138,6 +141,11 @@ impl SessionStore {
     pub fn is_manual(this: &Bound<'_, Self>) -> bool {
         // SAFETY: no Python code runs.
         unsafe { Self::with(this, |contents| contents.manual) }
+    }
+
+    pub fn is_read_only(this: &Bound<'_, Self>) -> bool {
+        // SAFETY: no Python code runs.
+        unsafe { Self::with(this, |contents| contents.read_only) }
     }
 
     pub fn is_closed(this: &Bound<'_, Self>) -> bool {
@@ -280,7 +288,7 @@ unsafe extern "C" fn new(
     // SAFETY: the interpreter calls this function, with the thread attached.  The class has no subclasses, and the
     // arguments are for `__init__`.
     let py = unsafe { Python::assume_attached() };
-    into_raw(|| SessionStore::new(py, false, false).map(Bound::into_any))
+    into_raw(|| SessionStore::new(py, false, false, false).map(Bound::into_any))
 }
 
 unsafe extern "C" fn traverse(object: *mut ffi::PyObject, visit: ffi::visitproc, argument: *mut c_void) -> c_int {

@@ -248,7 +248,7 @@ class CommitGate:
 
 
 class Wire:
-    """A TCP proxy in front of the server, which can hold back what clients send.
+    """A TCP proxy in front of the server, which records what clients send, and can hold it back.
 
     Args:
         server_url: the URL of the server.
@@ -262,6 +262,8 @@ class Wire:
         self._free.set()
         self._tasks: set[asyncio.Task[None]] = set()
         self.port = 0
+        self.sent: list[bytes] = []
+        """What the clients have sent.  Each item is the beginning of a round trip."""
 
     @classmethod
     @asynccontextmanager
@@ -325,6 +327,8 @@ class Wire:
                 if held and not self._free.is_set() and (self._held.is_set() or (self._pattern or b"") in data):
                     self._held.set()
                     await self._free.wait()
+                if held:
+                    self.sent.append(data)
                 target.write(data)
                 await target.drain()
         target.close()

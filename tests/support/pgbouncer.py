@@ -13,7 +13,11 @@ from .schema import TABLES, Observer, Schema, connect
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from sqlalchemy import URL
+
     from .schema import Observer
+
+IGNORED = "ignore_startup_parameters"
 
 
 class PooledSchema(Schema):
@@ -39,15 +43,10 @@ class PooledSchema(Schema):
 
     def connect_args(self, suffix: str = "") -> dict[str, Any]:
         """Return the driver arguments for a pooler in transaction mode, with the ``application_name``."""
-        application = self.name + suffix
-        if make_url(self.url).get_driver_name() == "psycopg":
-            return {"application_name": application, "prepare_threshold": None}
-        return {
-            "server_settings": {"application_name": application},
-            "statement_cache_size": 0,
-            "prepared_statement_cache_size": 0,
-            "prepared_statement_name_func": lambda: "",
-        }
+        application, url = self.name + suffix, make_url(self.url)
+        if url.get_driver_name() == "psycopg":
+            return {"application_name": application, **connect_args_of_clients(url)}
+        return {"server_settings": {"application_name": application}, **connect_args_of_clients(url)}
 
     async def stop_pgbouncer(self) -> None:
         """Let PgBouncer close all connections to this database, and refuse new ones, as if it were not running."""
@@ -76,11 +75,41 @@ class PooledSchema(Schema):
 
     @asynccontextmanager
     async def _console(self) -> AsyncIterator[Observer]:
-        console = await connect(with_database(self.url, "pgbouncer"))
-        try:
+        async with console_of(self.url) as console:
             yield console
+
+
+def connect_args_of_clients(url: URL) -> dict[str, Any]:
+    """Return the driver arguments for a pooler in transaction mode."""
+    if url.get_driver_name() == "psycopg":
+        return {"prepare_threshold": None}
+    return {
+        "statement_cache_size": 0,
+        "prepared_statement_cache_size": 0,
+        "prepared_statement_name_func": lambda: "",
+    }
+
+
+@asynccontextmanager
+async def console_of(pgbouncer_url: str) -> AsyncIterator[Observer]:
+    """Yield a connection to the console of PgBouncer."""
+    console = await connect(with_database(pgbouncer_url, "pgbouncer"))
+    try:
+        yield console
+    finally:
+        await console.close()
+
+
+@asynccontextmanager
+async def refused_parameters(pgbouncer_url: str) -> AsyncIterator[None]:
+    """Let PgBouncer refuse the startup parameters that it does not know, which it ignores outside of the block."""
+    async with console_of(pgbouncer_url) as console:
+        (ignored,) = [row["value"] for row in await console.fetch("SHOW CONFIG") if row["key"] == IGNORED]
+        await console.execute(f"SET {IGNORED} = ''")
+        try:
+            yield
         finally:
-            await console.close()
+            await console.execute(f"SET {IGNORED} = '{ignored}'")
 
 
 def with_database(url: str, database: str) -> str:

@@ -1,5 +1,7 @@
 """What differs between drivers: is a statement being executed, how is it cancelled, and did COMMIT really commit.
 
+Also how a connection is made read-only.
+
 The driver need not detect that a statement is being executed.  Before the implicit BEGIN is through, asyncpg considers
 that there is nothing to commit, and would let the pool reuse the connection while the statement still waits on it.
 To support another driver, add its cases here.
@@ -8,18 +10,19 @@ To support another driver, add its cases here.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Coroutine
 from contextlib import suppress
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, InvalidRequestError
 
 from .._errors import see
 from .internals import await_only, has_waiters, in_greenlet, statement_lock
 
 if TYPE_CHECKING:
-    from sqlalchemy import Connection
+    from sqlalchemy import Connection, Dialect, PoolProxiedConnection
 
 CANCEL_TIMEOUT = 2.0
 """Seconds for the server to cancel a statement: as long as SQLAlchemy waits for asyncpg to close a connection."""
@@ -64,11 +67,6 @@ def _statement_lock(connection: Connection) -> asyncio.Lock | None:
         # SQLAlchemy's adapter for psycopg also has a lock, but never acquires it.
         return getattr(connection.connection.driver_connection, "lock", None)
     return statement_lock(connection)
-
-
-def is_autocommit(connection: Connection) -> bool:
-    """Return whether each statement on the connection is a transaction of its own (asyncpg and psycopg)."""
-    return bool(getattr(connection.connection.dbapi_connection, "autocommit", False))
 
 
 def reports_in_use(error: BaseException) -> bool:
@@ -198,6 +196,79 @@ def must_begin_before_savepoint(connection: Connection) -> bool:
     driver_connection: Any = connection.connection.driver_connection
     # In autocommit mode, the isolation level is None.
     return driver_connection.isolation_level is not None and not driver_connection.in_transaction
+
+
+# --- read-only connections ---------------------------------------------------------------------------
+
+_READ_ONLY = "default_transaction_read_only"
+_READ_ONLY_OPTION = f"-c {_READ_ONLY}=on"
+
+_READ_ONLY_STATEMENTS = {
+    "sqlite": "PRAGMA query_only = ON",
+    "mysql": "SET SESSION TRANSACTION READ ONLY",
+    "mariadb": "SET SESSION TRANSACTION READ ONLY",
+}
+
+
+def request_read_only(dialect: Dialect, _record: object, _arguments: object, options: dict[str, Any]) -> None:
+    """A listener for ``do_connect``: let PostgreSQL refuse writes from the start of the connection.
+
+    A ``SET`` after the start would change a connection that a pooler shares with other clients.
+    """
+    if dialect.driver == "asyncpg":
+        options["server_settings"] = {**(options.get("server_settings") or {}), _READ_ONLY: "on"}
+    elif dialect.driver == "psycopg":
+        # libpq uses the environment variable only if there are no options.
+        given = options.get("options") or os.environ.get("PGOPTIONS", "")
+        if not given.endswith(_READ_ONLY_OPTION):
+            options["options"] = f"{given} {_READ_ONLY_OPTION}".lstrip()
+
+
+def refuse_writes(dialect: Dialect, dbapi_connection: Any) -> None:
+    """Let a new connection refuse writes, or check that it does.
+
+    Raises:
+        sqlalchemy.exc.InvalidRequestError: the server accepts writes: a pooler has ignored the setting.
+    """
+    cursor = dbapi_connection.cursor()
+    try:
+        if dialect.name != "postgresql":
+            cursor.execute(_READ_ONLY_STATEMENTS[dialect.name])
+            return
+        cursor.execute(f"SHOW {_READ_ONLY}")
+        if cursor.fetchone()[0] == "on":
+            return
+    finally:
+        cursor.close()
+    raise InvalidRequestError(
+        f"the connections of the read-only engine accept writes: {_READ_ONLY} did not reach the server; set it for the "
+        f"role with ALTER ROLE, in the pooler, or in the async_creator{see('guides/poolers.md#read-only-contexts')}"
+    )
+
+
+def check_can_refuse_writes(dialect: Dialect) -> None:
+    """Raise if connections to this database cannot be made read-only.
+
+    Raises:
+        ValueError: it is not a database that is supported.
+    """
+    if dialect.name != "postgresql" and dialect.name not in _READ_ONLY_STATEMENTS:
+        raise ValueError(
+            f"read-only contexts need PostgreSQL, MySQL, MariaDB or SQLite, and this is {dialect.name}"
+            + see("guides/read-only-requests.md")
+        )
+
+
+def is_autocommit(dialect: Dialect, connection: PoolProxiedConnection) -> bool:
+    """Return whether each statement is a transaction of its own.  Before SQLAlchemy 2.0.43, no dialect returns this."""
+    if dialect.driver == "asyncpg":
+        return bool(connection.dbapi_connection.autocommit)  # type: ignore[union-attr]
+    driver_connection: Any = connection.driver_connection
+    if dialect.name == "postgresql":
+        return bool(driver_connection.autocommit)
+    if dialect.name == "sqlite":
+        return driver_connection.isolation_level is None
+    return bool(driver_connection.get_autocommit())
 
 
 # --- cancelling --------------------------------------------------------------------------------------

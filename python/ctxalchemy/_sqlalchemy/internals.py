@@ -22,7 +22,8 @@ from sqlalchemy.util.concurrency import in_greenlet
 from . import is_async_session
 
 if TYPE_CHECKING:
-    from sqlalchemy import Connection
+    from sqlalchemy import Connection, Dialect
+    from sqlalchemy.engine.interfaces import IsolationLevel
     from sqlalchemy.ext.asyncio import AsyncSession
 
 __all__ = [
@@ -34,9 +35,11 @@ __all__ = [
     "has_waiters",
     "in_greenlet",
     "is_concurrent_use",
+    "is_modified",
     "is_permanently_closed",
     "leave_begin_block",
     "running_loop",
+    "set_isolation_level_of_new_connections",
     "statement_lock",
 ]
 
@@ -92,6 +95,25 @@ def leave_begin_block(session: AsyncSession) -> None:
     """
     if is_async_session(session) and session.sync_session._trans_context_manager is not None:
         session.sync_session._trans_context_manager = None
+
+
+def set_isolation_level_of_new_connections(dialect: Dialect, level: IsolationLevel) -> None:
+    """Do what ``create_engine(isolation_level=...)`` does, for an engine that exists: ``_on_connect_isolation_level``.
+
+    If a session chooses another level for one transaction, SQLAlchemy sets this level again when the transaction has
+    ended.  The public ``Engine.update_execution_options`` would set the level at each checkout instead.  Connections
+    that are opened later do not have this level by themselves.  Checked with 2.0.40 to 2.1.9.
+    """
+    dialect._on_connect_isolation_level = level
+
+
+def is_modified(session: Session) -> bool:
+    """Return whether the session may have changes that were not flushed: ``Session._is_clean``.
+
+    An attribute that was set to the value that it had counts as a change.  The public ``new``, ``dirty`` and
+    ``deleted`` build a set each.  Checked with 2.0.40 to 2.1.9.
+    """
+    return not session._is_clean()
 
 
 def statement_lock(connection: Connection) -> asyncio.Lock | None:

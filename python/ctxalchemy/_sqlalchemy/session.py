@@ -32,8 +32,10 @@ from .internals import (
     connections_of,
     greenlet_spawn,
     is_concurrent_use,
+    is_modified,
     is_permanently_closed,
 )
+from .read_only import is_read_only
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 
 _METHODS = {method: getattr(AsyncSession, method) for method in ("flush", "commit", "rollback", "close")}
 _REFUSED = "ctxalchemy: connections are refused"
+_READ_ONLY_PAGE = see("guides/read-only-requests.md#know-what-is-different")
 
 ending: set[int] = set()
 """The ids of the sessions whose transactions are being ended here, and not by the application itself."""
@@ -73,6 +76,34 @@ async def rollback_session(session: AsyncSession) -> None:
     await greenlet_spawn(_roll_back, session)
 
 
+def check_read_only(session: AsyncSession) -> None:
+    """Check that nothing is lost if the transaction of this session is not committed.
+
+    Raises:
+        sqlalchemy.exc.InvalidRequestError: the session has changes that were not flushed, or it uses a connection that
+            accepts writes: the application has put the session into the context, or the session uses several engines.
+    """
+    if not is_async_session(session):
+        return
+    sync_session = session.sync_session
+    if is_modified(sync_session):
+        _check_unchanged(sync_session)
+    for connection, _ in connections_of(sync_session):
+        if not is_read_only(connection):
+            raise InvalidRequestError(
+                "this context is read-only, and its session uses a connection that accepts writes, whose transaction "
+                f"would be lost: use this session in a context that is not read-only{_READ_ONLY_PAGE}"
+            )
+
+
+async def check_in_session(session: AsyncSession) -> None:
+    """End the transaction of a read-only session without flush and commit, so that its connection is checked in.
+
+    If another task is using the session, nothing happens: its connection is checked in when the session is closed.
+    """
+    await greenlet_spawn(_check_in, session)
+
+
 async def close_session(session: AsyncSession) -> None:
     """Roll back the open transaction of the session, and close the session permanently."""
     if not close_session_without_io(session):
@@ -101,6 +132,7 @@ def terminate_session(session: AsyncSession) -> None:
 
 rollbacks = Cleanup(rollback_session, terminate_session)
 closings = Cleanup(close_session, terminate_session)
+check_ins = Cleanup(check_in_session, terminate_session)
 
 
 @asynccontextmanager
@@ -301,6 +333,38 @@ def _commit_several(session: AsyncSession, connections: list[Connection]) -> Non
 
 def _roll_back(session: AsyncSession) -> None:
     _end(session, "rollback", _rolled_back)
+
+
+def _check_unchanged(session: Session) -> None:
+    changed = [*session.new, *session.deleted, *(each for each in session.dirty if session.is_modified(each))]
+    if changed:
+        names = ", ".join(sorted({type(each).__name__ for each in changed}))
+        raise InvalidRequestError(
+            f"this context is read-only, and its session has changes of {names} that would be lost: make them in a "
+            f"context that is not read-only{_READ_ONLY_PAGE}"
+        )
+
+
+def _check_in(session: AsyncSession) -> None:
+    if not is_async_session(session):
+        _call(session, "rollback")
+        return
+    sync_session = session.sync_session
+    connections = connections_of(sync_session)
+    for connection, _ in connections:
+        if not connection.closed and not connection.invalidated and is_in_use(connection):
+            return
+    ending.add(id(session))
+    try:
+        # Unlike a rollback, this does not expire the objects of the session.
+        while (transaction := sync_session.get_nested_transaction() or sync_session.get_transaction()) is not None:
+            transaction.close()
+    except BaseException as error:
+        if not is_concurrent_use(error):
+            _invalidate(session, [connection for connection, is_own in connections if is_own])
+            raise
+    finally:
+        ending.discard(id(session))
 
 
 def _rolled_back() -> InvalidRequestError:

@@ -16,6 +16,7 @@ from sqlalchemy.exc import InvalidRequestError
 from .._errors import MissingSettingsError, see
 from .drivers import is_autocommit
 from .internals import connections_of
+from .read_only import leave_autocommit
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -91,7 +92,9 @@ def _execute(connection: Connection, settings: Settings) -> None:
         return
     check_dialect(connection.dialect.name)
     _check(settings)
-    if is_autocommit(connection):
+    # The settings end with a transaction, and the connections of a read-only engine are in none.
+    leave_autocommit(connection)
+    if is_autocommit(connection.dialect, connection.connection):
         raise InvalidRequestError(
             "transaction settings need a transaction, and this connection is in autocommit mode" + _PAGE
         )
