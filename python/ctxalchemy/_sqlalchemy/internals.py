@@ -102,7 +102,7 @@ def set_isolation_level_of_new_connections(dialect: Dialect, level: IsolationLev
 
     If a session chooses another level for one transaction, SQLAlchemy sets this level again when the transaction has
     ended.  The public ``Engine.update_execution_options`` would set the level at each checkout instead.  Connections
-    that are opened later do not have this level by themselves.  Checked with 2.0.40 to 2.1.9.
+    that are opened later do not have this level by themselves.  Checked with 2.0.56 to 2.1.9.
     """
     dialect._on_connect_isolation_level = level
 
@@ -111,7 +111,7 @@ def is_modified(session: Session) -> bool:
     """Return whether the session may have changes that were not flushed: ``Session._is_clean``.
 
     An attribute that was set to the value that it had counts as a change.  The public ``new``, ``dirty`` and
-    ``deleted`` build a set each.  Checked with 2.0.40 to 2.1.9.
+    ``deleted`` build a set each.  Checked with 2.0.56 to 2.1.9.
     """
     return not session._is_clean()
 
