@@ -21,6 +21,7 @@ import pytest
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ._db_connect import DBConnect
+from ._worker_database import base_database_url, migrate_database, worker_database
 from .testing import put_savepoint_session_in_ctx, rollback_session, set_test_context
 
 try:
@@ -29,6 +30,16 @@ except ImportError:
     _async_fixture: Callable[..., Any] = pytest.fixture
 else:
     _async_fixture = _pytest_asyncio_fixture
+
+__all__ = [
+    "base_database_url",
+    "db_connections",
+    "db_context",
+    "migrate_database",
+    "shared_session",
+    "shared_sessions",
+    "worker_database",
+]
 
 
 @pytest.fixture
