@@ -2,8 +2,9 @@
 
 The blocks of a page share a namespace and an event loop, and may use ``await`` at the top level.  A block with a title
 is also written to a file of that name.  If the file is a Python file, the block runs as a module.  Code in
-``<!-- run ... -->`` is run but not shown on the page: it mostly checks the results of the blocks above it.  A block
-that is not run has ``<!-- not run: reason -->`` on the line above it.
+``<!-- run ... -->`` is run but not shown on the page: it mostly checks the results of the blocks above it, and it adds
+no source or configuration file that a reader of the page would not have.  A block that is not run has
+``<!-- not run: reason -->`` on the line above it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +54,7 @@ def page_folder(
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
 async def test_code_of_page_runs(page: Path, page_folder: Path) -> None:
     namespace = module("page")
+    shown: set[str] = set()
     text = page.read_text(encoding="utf-8")  # noqa: ASYNC240 - no other task needs the event loop.
     for block in BLOCK.finditer(text):
         line = text.count("\n", 0, block.start("hidden" if block["hidden"] else "code"))
@@ -63,6 +66,7 @@ async def test_code_of_page_runs(page: Path, page_folder: Path) -> None:
             continue  # The block includes a file of the examples, which have their own tests.
         target = namespace
         if block["title"]:
+            shown.add(block["title"])
             path = page_folder / block["title"]
             path.write_text(code, encoding="utf-8")
             if path.suffix != ".py":
@@ -70,6 +74,7 @@ async def test_code_of_page_runs(page: Path, page_folder: Path) -> None:
             target = module(path.stem, path)
         assert block["hidden"] or block["language"] == "python", f"{where}: neither Python nor marked as not run"
         await run("\n" * line + code, str(page), target)
+        assert sources(page_folder) <= shown, f"{where}: the page does not show {sources(page_folder) - shown}"
 
 
 def test_code_of_readme_runs(page_folder: Path) -> None:
@@ -78,19 +83,25 @@ def test_code_of_readme_runs(page_folder: Path) -> None:
     assert titled.keys() == {"app.py", "test_app.py"}
     for name, code in titled.items():
         (page_folder / name).write_text(code, encoding="utf-8")
-    fixture = """
-        import pytest
-        from app import app, lifespan
-
-        @pytest.fixture(autouse=True)
-        async def running():
-            async with lifespan(app):
-                yield
-    """
-    (page_folder / "conftest.py").write_text(inspect.cleandoc(fixture), encoding="utf-8")
-    options = ["-o", "asyncio_mode=auto", "-o", "asyncio_default_fixture_loop_scope=function"]
-    ran = subprocess.run([sys.executable, "-m", "pytest", "-q", *options], check=False, capture_output=True, text=True)
-    assert "1 passed" in ran.stdout, ran.stdout + ran.stderr
+    python = [sys.executable, "-m"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen([*python, "uvicorn", "app:app", "--port", str(port)])
+    try:
+        # The port of `uvicorn app:app` on the page may be in use.
+        request = ["curl", "-s", "--retry", "20", "--retry-connrefused", "--retry-delay", "1", "-X", "POST"]
+        added = subprocess.run(
+            [*request, f"localhost:{port}/notes?text=hello"], check=True, capture_output=True, text=True
+        )
+        assert added.stdout == "1"
+    finally:
+        server.terminate()
+        server.wait()
+    for _ in range(2):  # The note of the test is rolled back, and the note of the request stays.
+        ran = subprocess.run([*python, "pytest"], check=False, capture_output=True, text=True)
+        assert "1 passed" in ran.stdout, ran.stdout + ran.stderr
+    assert {path.name for path in page_folder.glob("*.*")} - {".pytest_cache"} == {*titled, "notes.sqlite3"}
 
 
 def test_documentation_pages_named_in_errors_exist() -> None:
@@ -101,6 +112,10 @@ def test_documentation_pages_named_in_errors_exist() -> None:
         headings = re.findall(r"^#+ (.+)$", (DOCS / page).read_text(encoding="utf-8"), re.MULTILINE)
         slugs = [re.sub(r"[^\w]+", "-", heading.lower()).strip("-") for heading in headings]
         assert not anchor or anchor in slugs, f"{page}#{anchor}"
+
+
+def sources(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if path.suffix in {".py", ".ini", ".toml", ".cfg"}}
 
 
 def module(name: str, path: Path | None = None) -> ModuleType:
