@@ -148,3 +148,21 @@ async def test_application_may_commit_while_a_result_is_half_read(
         await add_note(session, "kept too")
     assert await pids(schema) == before
     await assert_whole(ctxalchemy, schema, db_per_driver, notes=["kept", "kept too"])
+
+
+@pytest.mark.parametrize("end", ["commit", "rollback", "close"])
+async def test_result_whose_rows_are_all_on_the_client_does_not_look_complete_after_its_transaction(
+    ctxalchemy: ModuleType, schema: Schema, db_per_driver: Any, end: str
+) -> None:
+    """SQLAlchemy fetches rows in advance.  Only a fetch shows that no row is left, and this fetch is refused."""
+    async with ctxalchemy.new_ctx():
+        session = await ctxalchemy.db_session(db_per_driver)
+        await add_note(session, "written")
+        result = await session.stream(text("SELECT n FROM generate_series(1, 5) AS n"))
+        rows = [(await result.fetchone()).n for _ in range(2)]
+        await getattr(ctxalchemy, f"{end}_db_session")(db_per_driver)
+        with pytest.raises(InvalidRequestError, match=r"streamed result.*transaction of its own"):
+            while (row := await result.fetchone()) is not None:
+                rows.append(row.n)
+    assert rows == [1, 2, 3, 4, 5]
+    await assert_whole(ctxalchemy, schema, db_per_driver, notes=["written"] if end == "commit" else [])
