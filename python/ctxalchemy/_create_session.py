@@ -45,7 +45,9 @@ async def create_session(store: Store, connect: DBConnect) -> AsyncSession:
     handler = connect.before_create_session_handler
     if handler is None:
         session = new_session(connect, store.read_only)
-        _put(store, connect, session)
+        put_session(store, connect, session)
+        if is_enabled_for(DEBUG):
+            log_session_created(store, connect)
         return session
     lock = _lock(store, connect)
     if lock.locked() and lock in _acquired.get():
@@ -71,7 +73,9 @@ async def create_session(store: Store, connect: DBConnect) -> AsyncSession:
         if put_meanwhile is not None:
             await close_session(session)
             return put_meanwhile
-        _put(store, connect, session)
+        put_session(store, connect, session)
+        if is_enabled_for(DEBUG):
+            log_session_created(store, connect)
         return session
 
 
@@ -90,7 +94,9 @@ def create_session_nowait(store: Store, connect: DBConnect) -> AsyncSession:
             + see("faq.md#no-database-session-context-is-open-here")
         )
     session = new_session(connect, store.read_only)
-    _put(store, connect, session)
+    put_session(store, connect, session)
+    if is_enabled_for(DEBUG):
+        log_session_created(store, connect)
     return session
 
 
@@ -99,12 +105,6 @@ def put_session(store: Store, connect: DBConnect, session: AsyncSession) -> None
     store.put(connect, session)
     if _settings.contexts or connect.required_settings:
         _settings.attach(store, connect, session, connect.required_settings)
-
-
-def _put(store: Store, connect: DBConnect, session: AsyncSession) -> None:
-    put_session(store, connect, session)
-    if is_enabled_for(DEBUG):
-        log_session_created(store, connect)
 
 
 def in_event_loop() -> bool:
