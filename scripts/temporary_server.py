@@ -1,4 +1,4 @@
-"""Run a command with a temporary server: what ``postgres.py``, ``pgbouncer.py`` and ``mariadb.py`` have in common."""
+"""Run a command with a temporary server: what the scripts of all servers have in common."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
     from pathlib import Path
     from types import FrameType
 
 START_TIMEOUT = 60.0
+CONNECT = "import socket, sys; socket.create_connection(('127.0.0.1', int(sys.argv[1])), 5)"
 # Debian installs mariadbd and pgbouncer into a directory that is on the PATH of root only.
 PATH = os.pathsep.join([*os.get_exec_path(), "/usr/local/sbin", "/usr/sbin"])
 STOP_SIGNALS = [
@@ -98,12 +99,34 @@ def unprivileged_user(preferred: str) -> pwd.struct_passwd:
     sys.exit(f"The server does not run as root, and this machine has neither a user {preferred!r} nor a user 'nobody'.")
 
 
-def run_to_its_end(what: str, command: list[str | Path], log: TextIO, options: dict[str, Any]) -> None:
+def run_to_its_end(what: str, command: list[str | Path], options: dict[str, Any]) -> None:
     """Run a command that prepares the server, and wait for its end, even after a signal."""
-    with subprocess.Popen(command, **options, stdout=log, stderr=log) as process:
-        process.wait()
-    if process.returncode:
-        fail(f"{what} failed", log)
+    with (options["cwd"] / "log").open("w+") as log:
+        with subprocess.Popen(command, **options, stdout=log, stderr=log) as process:
+            process.wait()
+        if process.returncode:
+            fail(f"{what} failed", log)
+
+
+@contextmanager
+def running(
+    product: str, command: list[str | Path], check: list[str | Path], options: dict[str, Any], stop_signal: int
+) -> Iterator[None]:
+    """Start a server, and stop it at the end. The block runs when the command ``check`` succeeds."""
+    with (options["cwd"] / "log").open("w+") as log:
+        process = subprocess.Popen(command, **options, stdout=log, stderr=log)
+        try:
+            if not is_ready(process, check, options["env"]):
+                fail(f"{product} did not start", log)
+            yield
+        finally:
+            ignore_signals()
+            end(process, stop_signal)
+
+
+def connect_to(port: int) -> list[str | Path]:
+    """Return a command that succeeds if a server listens on the port."""
+    return [sys.executable, "-c", CONNECT, str(port)]
 
 
 def is_ready(process: subprocess.Popen[Any], check: list[str | Path], variables: dict[str, str]) -> bool:
