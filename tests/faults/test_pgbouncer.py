@@ -20,8 +20,10 @@ from support.schema import add_note, break_commit, count_notes, needs_asyncpg, p
 from support.waiting import Gate, eventually
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable, Coroutine
     from types import ModuleType
+
+    from sqlalchemy.ext.asyncio import AsyncSession
 
 
 @pytest.fixture
@@ -50,6 +52,17 @@ async def count_connects(db: Any) -> list[str]:
     connected: list[str] = []
     event.listen(await pool_of(db), "connect", lambda *_: connected.append("connected"))
     return connected
+
+
+async def assert_never_a_success(
+    ctxalchemy: ModuleType, schema: PooledSchema, db: Any, endpoint: Callable[[], Coroutine[Any, Any, Answer]]
+) -> None:
+    """Assert that the commit of the request fails: no response is sent, and nothing is committed."""
+    witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), db)
+    with pytest.raises((DBAPIError, PendingRollbackError)):
+        await call(witness)
+    assert witness.sent == []
+    await assert_whole(ctxalchemy, schema, db, notes=[])
 
 
 # --- the settings for prepared statements ------------------------------------------------------------
@@ -141,10 +154,43 @@ async def test_aborted_transaction_is_never_a_success(
             await add_note(session, "lost")
         return Answer()
 
-    witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), db_over_pgbouncer)
-    with pytest.raises((DBAPIError, PendingRollbackError)):
-        await call(witness)
-    assert witness.sent == []
+    await assert_never_a_success(ctxalchemy, schema, db_over_pgbouncer, endpoint)
+
+
+# --- transaction settings ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [200, 404])
+async def test_setting_of_a_request_is_not_seen_by_another_client_on_the_same_server_connection(
+    ctxalchemy: ModuleType, schema: PooledSchema, db_over_pgbouncer: Any, status: int
+) -> None:
+    server_connections: list[int] = []
+    seen: list[str] = []
+
+    async def read_tenant(session: AsyncSession) -> None:
+        server_connections.append(await session.scalar(text("SELECT pg_backend_pid()")) or 0)
+        seen.append(await session.scalar(text("SELECT current_setting('app.tenant_id', true)")) or "")
+
+    def endpoint_with(db: Any) -> Callable[[], Coroutine[Any, Any, Answer]]:
+        async def endpoint() -> Answer:
+            session = await ctxalchemy.db_session(db)
+            await read_tenant(session)
+            await session.commit()
+            await ctxalchemy.set_local(db, {"app.tenant_id": "42"})
+            for _ in range(2):
+                await read_tenant(session)
+                await ctxalchemy.commit_db_session(db)
+            await read_tenant(session)
+            return Answer(status)
+
+        return endpoint
+
+    async with watched(schema.db(ctxalchemy)) as other_db:
+        for db in (db_over_pgbouncer, other_db, db_over_pgbouncer):
+            sent = await call(build("asgi", ctxalchemy, endpoint_with(db)))
+            assert sent[0]["status"] == status
+    assert seen == ["", "42", "42", "42"] * 3
+    assert len(set(server_connections)) == 1
     await assert_whole(ctxalchemy, schema, db_over_pgbouncer, notes=[])
 
 
@@ -275,11 +321,7 @@ async def test_connection_that_the_server_terminates_in_a_transaction_is_never_a
                 await count_notes(session)
         return Answer()
 
-    witness = Witness(ctxalchemy, build("asgi", ctxalchemy, endpoint), db_over_pgbouncer)
-    with pytest.raises((DBAPIError, PendingRollbackError)):
-        await call(witness)
-    assert witness.sent == []
-    await assert_whole(ctxalchemy, schema, db_over_pgbouncer, notes=[])
+    await assert_never_a_success(ctxalchemy, schema, db_over_pgbouncer, endpoint)
 
 
 async def test_idle_server_connection_that_is_terminated_does_not_affect_the_client(
