@@ -7,10 +7,8 @@ succeeds, and commits only what came after the deadlock.
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 from contextlib import asynccontextmanager, suppress
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -19,25 +17,20 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, InvalidRequestError, Oper
 from sqlalchemy.ext.asyncio import AsyncSession
 from support.apps import Answer, build, call, client_of
 from support.faults import assert_whole
-from support.mariadb import MariaDBSchema
 from support.schema import add_note, checked_out, watched
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine
     from types import ModuleType
 
+    from support.mariadb import MariaDBSchema
+
 ROLLED_BACK = "the database rolled it back"
 
 
-@pytest.fixture(params=["aiomysql", "asyncmy"])
-async def schema(request: pytest.FixtureRequest) -> AsyncIterator[MariaDBSchema]:
-    url = os.environ.get("TEST_MARIADB_URL")
-    if not url:
-        pytest.skip("without MariaDB: TEST_MARIADB_URL is not set, and 'make test' found no MariaDB server")
-    if find_spec(request.param) is None:
-        pytest.skip(f"without {request.param}: it is not installed for this interpreter")
-    async with MariaDBSchema.create(url, request.param) as schema:
-        yield schema
+@pytest.fixture
+def schema(mariadb: MariaDBSchema) -> MariaDBSchema:
+    return mariadb
 
 
 @pytest.fixture

@@ -5,18 +5,15 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 from support.faults import CommitGate, assert_whole
-from support.mariadb import MariaDBSchema
 from support.schema import add_note, break_commit, count_notes, watched
 from support.waiting import eventually
 
@@ -24,6 +21,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from sqlalchemy.ext.asyncio import AsyncSession
+    from support.mariadb import MariaDBSchema
     from support.schema import Schema
 
 Work = Callable[[], Awaitable[Any]]
@@ -73,6 +71,29 @@ class Rival:
         """Change the row ``a``: an UPDATE of it in the other transaction fails, if its snapshot is older."""
         async with self._ctxalchemy.new_ctx():
             await set_value(await self._ctxalchemy.db_session(self._db), "a")
+
+
+async def run_two_jobs_that_deadlock(
+    ctxalchemy: ModuleType, one: Any, other: Any, swallow: tuple[type[Exception], ...] = ()
+) -> int:
+    """Run two jobs whose first attempts deadlock: the server fails one of them.  Return the number of attempts."""
+    both_locked, attempts = asyncio.Barrier(2), 0
+
+    @ctxalchemy.in_new_ctx(attempts=2)
+    async def work(db: Any, first: str, second: str) -> None:
+        nonlocal attempts
+        attempts += 1
+        session = await ctxalchemy.db_session(db)
+        await add_note(session, first)
+        await set_value(session, first)
+        if attempts <= 2:
+            await both_locked.wait()
+        with suppress(*swallow):
+            await set_value(session, second)
+
+    async with asyncio.timeout(10):
+        await asyncio.gather(work(one, "a", "b"), work(other, "b", "a"))
+    return attempts
 
 
 def sqlstate_of(error: DBAPIError) -> str | None:
@@ -127,36 +148,9 @@ async def test_serialization_failure_at_a_statement_runs_the_function_again(
 async def test_two_jobs_that_deadlock_both_succeed(
     ctxalchemy: ModuleType, schema: Schema, db_per_driver: Any, rival_db: Any
 ) -> None:
-    """PostgreSQL fails one of them."""
-    both_locked, attempts = asyncio.Barrier(2), 0
-
-    @ctxalchemy.in_new_ctx(attempts=2)
-    async def work(db: Any, first: str, second: str) -> None:
-        nonlocal attempts
-        attempts += 1
-        session = await ctxalchemy.db_session(db)
-        await add_note(session, first)
-        await set_value(session, first)
-        if attempts <= 2:
-            await both_locked.wait()
-        await set_value(session, second)
-
-    async with asyncio.timeout(10):
-        await asyncio.gather(work(db_per_driver, "a", "b"), work(rival_db, "b", "a"))
-    assert attempts == 3
+    assert await run_two_jobs_that_deadlock(ctxalchemy, db_per_driver, rival_db) == 3
     assert await schema.observer.fetchval("SELECT sum(value) FROM counter") == 4
     await assert_whole(ctxalchemy, schema, db_per_driver, rival_db, notes=["a", "b"])
-
-
-@pytest.fixture(params=["aiomysql", "asyncmy"])
-async def mariadb(request: pytest.FixtureRequest) -> AsyncIterator[MariaDBSchema]:
-    url = os.environ.get("TEST_MARIADB_URL")
-    if not url:
-        pytest.skip("without MariaDB: TEST_MARIADB_URL is not set, and 'make test' found no MariaDB server")
-    if find_spec(request.param) is None:
-        pytest.skip(f"without {request.param}: it is not installed for this interpreter")
-    async with MariaDBSchema.create(url, request.param) as schema:
-        yield schema
 
 
 @pytest.mark.parametrize("swallowed", [False, True], ids=["at the statement", "at the commit"])
@@ -164,24 +158,9 @@ async def test_two_jobs_that_deadlock_on_mariadb_both_succeed(
     ctxalchemy: ModuleType, mariadb: MariaDBSchema, swallowed: bool
 ) -> None:
     """If the function swallows the error, the commit raises it again."""
-    both_locked, attempts = asyncio.Barrier(2), 0
-
-    @ctxalchemy.in_new_ctx(attempts=2)
-    async def work(db: Any, first: str, second: str) -> None:
-        nonlocal attempts
-        attempts += 1
-        session = await ctxalchemy.db_session(db)
-        await add_note(session, first)
-        await set_value(session, first)
-        if attempts <= 2:
-            await both_locked.wait()
-        with suppress(*([OperationalError] if swallowed else [])):
-            await set_value(session, second)
-
+    swallow = (OperationalError,) if swallowed else ()
     async with watched(mariadb.db(ctxalchemy)) as one, watched(mariadb.db(ctxalchemy)) as other:
-        async with asyncio.timeout(10):
-            await asyncio.gather(work(one, "a", "b"), work(other, "b", "a"))
-        assert attempts == 3
+        assert await run_two_jobs_that_deadlock(ctxalchemy, one, other, swallow) == 3
         assert await mariadb.values() == {"a": 2, "b": 2}
         await assert_whole(ctxalchemy, mariadb, one, other, notes=["a", "b"])
 
