@@ -12,6 +12,7 @@ SET_UP := $(PYTHON) scripts/environment.py
 POSTGRES := $(VENV_PYTHON) scripts/postgres.py --
 PGBOUNCER := $(VENV_PYTHON) scripts/pgbouncer.py --
 MARIADB := $(VENV_PYTHON) scripts/mariadb.py --
+REDIS := $(VENV_PYTHON) scripts/redis_server.py --
 # PYTHONMALLOC=malloc: valgrind cannot check memory that Python's own allocator manages. valgrind reports reads and
 # writes outside allocated memory. It does not report uninitialized values, because it has false reports in CPython.
 MEMCHECK := PYTHONMALLOC=malloc CTXALCHEMY_BACKEND=native valgrind -q --undef-value-errors=no --error-exitcode=3 $(VENV_PYTHON) -I
@@ -96,7 +97,7 @@ docs-serve:  ## Serve the documentation, and rebuild it when it changes.
 
 examples:  ## Run the tests of the examples, of the code in the documentation, and of the pytest plugin.
 	@$(SET_UP) --need-native examples
-	@$(POSTGRES) $(VENV_PYTHON) -m pytest examples/tests $(ARGS)
+	@$(POSTGRES) $(REDIS) $(VENV_PYTHON) -m pytest examples/tests $(ARGS)
 
 demo:  ## Run the example with SQLite, or with the database of DATABASE_URL.
 	@$(SET_UP) demo

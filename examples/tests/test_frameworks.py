@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
-import importlib
 import sys
-from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from httpx import ASGITransport, AsyncClient
 from sqlalchemy import text
 
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+from .support import client_of
 
-EXAMPLES = Path(__file__).parents[1]
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 # Litestar imports advanced-alchemy if advanced-alchemy is installed.  The benchmarks install it.
 pytestmark = pytest.mark.filterwarnings("ignore:The declarative_mixin:sqlalchemy.exc.SADeprecationWarning")
 
@@ -24,31 +20,10 @@ FRAMEWORKS = ["with_fastapi", "with_starlette", "with_asgi", "with_litestar", "w
 
 
 @pytest.fixture
-def load(database_url: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
-    """Import a module of the examples again, with a new database."""
-    monkeypatch.setenv("DATABASE_URL", database_url)
+def load(load_example: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """Import a module of the frameworks again, with a new database."""
     monkeypatch.setenv("REPLICAS", "127.0.0.1,localhost")
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    for name in [name for name in sys.modules if name.partition(".")[0] == "frameworks"]:
-        monkeypatch.delitem(sys.modules, name)
-    return lambda name: importlib.import_module(f"frameworks.{name}")
-
-
-@asynccontextmanager
-async def client_of(app: Any) -> AsyncIterator[AsyncClient]:
-    """Start and stop the application with the ASGI lifespan protocol, and yield a client for it."""
-    to_app: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-    from_app: asyncio.Queue[Any] = asyncio.Queue()
-    scope = {"type": "lifespan", "asgi": {"version": "3.0"}, "state": {}}
-    task = asyncio.create_task(app(scope, to_app.get, from_app.put))
-    to_app.put_nowait({"type": "lifespan.startup"})
-    assert (await from_app.get())["type"] == "lifespan.startup.complete"
-    async with AsyncClient(transport=ASGITransport(app, raise_app_exceptions=False), base_url="http://test") as client:
-        yield client
-    to_app.put_nowait({"type": "lifespan.shutdown"})
-    assert (await from_app.get())["type"] == "lifespan.shutdown.complete"
-    task.cancel()
-    await asyncio.wait([task])
+    return lambda name: load_example(f"frameworks.{name}")
 
 
 @pytest.mark.parametrize("name", FRAMEWORKS)
