@@ -103,7 +103,9 @@ COROUTINE_FUNCTIONS = [
 
 def names_of(module: str) -> set[str]:
     names = {name for name in SIGNATURES[module] if "." not in name}
-    return names | ERRORS.keys() | TYPES | {"BACKEND"} if module == "ctxalchemy" else names
+    if module == "ctxalchemy":
+        return names | ERRORS.keys() | TYPES | {"BACKEND"}
+    return names | {"SharedTransactionWarning"} if module == "ctxalchemy.testing" else names
 
 
 def without_annotations(function: Any) -> str:

@@ -73,6 +73,10 @@ async def test_session_whose_close_state_is_closed_begins_no_new_transaction(eng
     await session.close()
     with pytest.raises(InvalidRequestError, match="permanently closed"):
         await session.execute(text("SELECT 1"))
+    session.sync_session._close_state = _SessionCloseState.CLOSE_IS_RESET
+    await session.execute(text("SELECT 1"))
+    await session.close()
+    assert session.sync_session._close_state is _SessionCloseState.CLOSE_IS_RESET, "internals.reopen sets this value"
     # SQLAlchemy sets the same value for sessions that can be closed only once.
     closed = Session(close_resets_only=False)
     closed.close()

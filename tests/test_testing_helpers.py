@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from support.apps import Answer, Kind, build, client_of, each_kind
 from support.schema import Schema, add_note, add_note_and_fail, checked_out, count_notes
-from support.sessions import maker_creator
+from support.sessions import Note, maker_creator
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -185,18 +185,27 @@ class IneffectiveSubclass(AsyncSession):
 
 
 @pytest.mark.parametrize("options", [{"sync_session_class": RoutingSession}, {"class_": SubclassWithRouting}])
-async def test_a_session_class_that_chooses_its_engine_is_refused_before_anything_is_written(
+async def test_a_session_class_that_chooses_its_engine_works_on_the_connection_of_the_test(
     ctxalchemy: ModuleType, schema: Schema, db: Any, options: dict[str, Any]
 ) -> None:
     engine = (await db.session_maker()).kw["bind"]
     info = {"engine": engine.sync_engine}
     routing = ctxalchemy.DBConnect(lambda _host: engine, maker_creator(info=info, **options), "localhost")
     testing = ctxalchemy.testing
-    async with testing.rollback_session(db) as session, testing.set_test_context():
-        with pytest.raises(TypeError, match=r"RoutingSession, because it overrides get_bind\(\)"):
-            async with testing.put_savepoint_session_in_ctx(routing, session):
-                await add_note(await ctxalchemy.db_session(routing), "for good")
-        assert ctxalchemy.get_db_session_from_context(routing) is None
+    async with (
+        testing.rollback_session(db) as session,
+        testing.set_test_context(),
+        testing.put_savepoint_session_in_ctx(routing, session) as inner,
+    ):
+        assert isinstance(inner.sync_session, RoutingSession)
+        await add_note(inner, "undone")
+        inner.add(Note(name="flushed"))
+        await inner.commit()
+        async with ctxalchemy.new_ctx():
+            await add_note(await ctxalchemy.db_session(routing), "in a new context")
+        async with ctxalchemy.new_non_ctx_atomic_session(routing) as outside:
+            await add_note(outside, "outside any context")
+        assert await count_notes(session) == 4
     assert await checked_out(db) == 0
     assert await schema.notes() == []
 

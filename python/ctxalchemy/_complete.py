@@ -86,6 +86,13 @@ callbacks: ByContext[Callbacks] = ByContext()
 """The contexts that have callbacks.  As long as there are none, all other code only checks whether this is empty."""
 
 
+lent: dict[int, bool] = {}
+"""The sessions of a test that a request uses, by their ids, and whether the request completes them.
+
+The request does not close them.  In production, this is empty.
+"""
+
+
 async def run_callbacks(
     store: SessionStore, before_commit: BeforeCommitCallback | None = None, defer: bool = False
 ) -> None:
@@ -266,6 +273,8 @@ async def roll_back_all(store: SessionStore) -> None:
 
 def close_without_io(items: Items) -> list[AsyncSession]:
     """Close those sessions of a closed context that need no I/O for it, and return the others for ``close_all``."""
+    if lent:
+        items = [item for item in items if id(item[1]) not in lent]
     return [session for _, session in items if not close_session_without_io(session)]
 
 
@@ -279,8 +288,8 @@ async def abort(store: SessionStore, error: BaseException) -> None:
     if _logging.logged_contexts:
         _logging.log_context(store, "rolling back because of %s", type(error).__name__)
     try:
-        if callbacks and callbacks.of(store) is not None:
-            # The callbacks may use the context, which is closed after them.
+        if lent or (callbacks and callbacks.of(store) is not None):
+            # The callbacks may use the context, which is closed after them.  Sessions of a test are not closed.
             try:
                 await rollbacks.run_after(error, _each_begun(store))
             finally:
@@ -304,7 +313,7 @@ def _begun(store: SessionStore, seen: dict[int, AsyncSession]) -> Items:
     """Return the sessions that are in a transaction, except those in ``seen``, and add them to ``seen``."""
     begun = []
     for database, session in store.items():
-        if id(session) not in seen and session.in_transaction():
+        if id(session) not in seen and session.in_transaction() and (not lent or lent.get(id(session), True)):
             seen[id(session)] = session
             begun.append((database, session))
     return begun

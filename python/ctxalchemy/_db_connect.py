@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import re
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 
 from ._engine import LoopEngine, check_engine
-from ._errors import see
+from ._errors import see, shared_on_another_loop
 from ._held import check_seconds, warn_held_connections
 from ._host_engines import HostEngines, close, dispose
 from ._settings import check_names
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from typing import Self
 
     from sqlalchemy import URL
+
+    from ._sqlalchemy.shared import SharedConnection
 
 EngineCreator = Callable[[str], AsyncEngine]
 SessionMakerCreator = Callable[[AsyncEngine], async_sessionmaker[AsyncSession]]
@@ -107,6 +111,8 @@ class DBConnect:
         self.read_only_engine_creator = read_only_engine_creator
         self._engines = HostEngines(self._build, host)
         self._read_only_engines = HostEngines(self._build_read_only, read_only_host, default=self._engines)
+        # During a test that shares its connection: the connection, by its event loop.
+        self._shared: dict[asyncio.AbstractEventLoop, SharedConnection] = {}
 
     @classmethod
     def from_url(
@@ -281,7 +287,8 @@ class DBConnect:
         """
         if self.before_create_session_handler is not None:
             await self.before_create_session_handler(self)
-        return self._engines.get().session_maker
+        maker = self._engines.get().session_maker
+        return shared_maker(self, maker) if self._shared else maker
 
     def engine(self) -> AsyncEngine:
         """Return the engine for the current host and event loop, for example for events and metrics.
@@ -360,10 +367,48 @@ def new_session(connect: DBConnect, read_only: bool = False) -> AsyncSession:
     """Create a session without calling the ``before_create_session_handler``."""
     engines = connect._read_only_engines if read_only else connect._engines
     maker = engines.get().session_maker
+    if connect._shared:
+        return shared_maker(connect, maker, read_only)()
     if type(maker) is async_sessionmaker:
         # This is what calling the maker does, without the copy that the maker makes of its options.
         return maker.class_(**maker.kw)
     return maker()
+
+
+@contextmanager
+def share_connection(connect: DBConnect, shared: SharedConnection) -> Iterator[None]:
+    """Let all new sessions of the database use the connection of a test during the block, whatever creates them."""
+    outer = connect._shared.get(shared.loop)
+    connect._shared[shared.loop] = shared
+    try:
+        yield
+    finally:
+        if outer is None:
+            del connect._shared[shared.loop]
+        else:
+            connect._shared[shared.loop] = outer
+
+
+def shared_connection(connect: DBConnect) -> SharedConnection | None:
+    """Return the connection that a test shares for this database.
+
+    Raises:
+        RuntimeError: the test runs on another event loop.
+    """
+    if not connect._shared:
+        return None
+    shared = connect._shared.get(asyncio.get_running_loop())
+    if shared is None:
+        raise shared_on_another_loop()
+    return shared
+
+
+def shared_maker(
+    connect: DBConnect, maker: async_sessionmaker[AsyncSession], read_only: bool = False
+) -> async_sessionmaker[AsyncSession]:
+    """Return the session maker whose sessions use the connection of the test."""
+    shared = shared_connection(connect)
+    return maker if shared is None else shared.maker(maker, read_only)
 
 
 def _maker_options(session_class: object, session_options: object) -> dict[str, Any]:

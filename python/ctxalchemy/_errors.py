@@ -62,6 +62,16 @@ def other_thread() -> ContextNotInitiatedError:
     )
 
 
+def shared_on_another_loop() -> RuntimeError:
+    """Return the error for using a database on another event loop than that of the test that shares its connection."""
+    return RuntimeError(
+        "a test shares its connection to this database (shared_session, put_savepoint_session_in_ctx), and this code "
+        "runs in another event loop, such as that of a TestClient or a thread, which cannot use it: call the "
+        "application with httpx.AsyncClient(transport=httpx.ASGITransport(app)) in the test, or test with separate "
+        "sessions" + see("guides/testing.md#use-testclient")
+    )
+
+
 def context_already_open() -> ContextAlreadyInitiatedError:
     """Return the error for opening a context while another one is open."""
     return ContextAlreadyInitiatedError(

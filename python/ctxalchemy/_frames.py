@@ -6,9 +6,11 @@ import asyncio
 import gc
 import sysconfig
 from collections.abc import Iterator
-from inspect import isasyncgen
+from inspect import currentframe, isasyncgen
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from greenlet import getcurrent  # type: ignore[import-untyped, unused-ignore]
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -39,7 +41,24 @@ def awaited_line(task: asyncio.Task[Any]) -> str:
     lines = list(frames(task.get_coro()))
     if not lines:
         return "an unknown line"
-    frame = next(filter(_is_application, reversed(lines)), lines[-1])
+    return _describe(next(filter(_is_application, reversed(lines)), lines[-1]))
+
+
+def current_line() -> str:
+    """Return the innermost line of the application that is being executed, outside of SQLAlchemy's greenlet too."""
+    frame, current = currentframe(), getcurrent()
+    while frame is not None or current.parent is not None:
+        if frame is None:
+            current = current.parent
+            frame = current.gr_frame
+        elif _is_application(frame):
+            return _describe(frame)
+        else:
+            frame = frame.f_back
+    return "an unknown line"
+
+
+def _describe(frame: FrameType) -> str:
     return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_qualname}()"
 
 

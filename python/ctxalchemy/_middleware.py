@@ -12,6 +12,7 @@ from ._backend import SessionStore, current_context, open_context, reset_context
 from ._complete import BeforeCommitCallback
 from ._exception_handlers import run_exception_handlers
 from ._holder import SCOPE_KEY
+from ._loan import find_loan
 from ._sqlalchemy.internals import leave_begin_block
 
 # The types of the ASGI specification, as in asgiref and Starlette:
@@ -82,15 +83,19 @@ class ASGIHTTPDBSessionMiddleware:
         """Serve one ASGI connection."""
         kind = scope["type"]
         outer = current_context()
-        if not (kind == "http" or (kind == "websocket" and self.websocket)) or (
-            outer is not None and joins_context(scope, outer)
-        ):
-            await self.app(scope, receive, send)
-            return
+        loan = None
+        serves = kind == "http" or (kind == "websocket" and self.websocket)
+        if not serves or (outer is not None and joins_context(scope, outer)):
+            loan = find_loan(scope, outer) if serves else None
+            if loan is None:
+                await self.app(scope, receive, send)
+                return
         read_only_if = self.read_only_if
         store = open_context() if read_only_if is None else open_context(False, read_only_if(scope))
         scope[SCOPE_KEY] = store
         try:
+            if loan is not None:
+                await loan.begin(store)
             if kind == "http":
                 response = _Response(store, send, self)
                 failure = None
@@ -127,6 +132,8 @@ class ASGIHTTPDBSessionMiddleware:
             raise
         finally:
             reset_context(store)
+            if loan is not None:
+                loan.end()
 
 
 class _Response:

@@ -11,6 +11,8 @@ from ._api import auto_commit_by_status_code
 from ._backend import current_context
 from ._complete import BeforeCommitCallback
 from ._context import new_ctx
+from ._holder import SCOPE_KEY
+from ._loan import find_loan
 from ._middleware import ASGIHTTPDBSessionMiddleware, CommitIf, ReadOnlyIf, joins_context, mark_context
 
 __all__ = [
@@ -86,10 +88,20 @@ async def starlette_http_db_session_middleware(
     Example:
         >>> app.add_middleware(BaseHTTPMiddleware, dispatch=starlette_http_db_session_middleware)
     """
-    if joins_context(request.scope, current_context()):
-        return await call_next(request)
-    async with new_ctx():
-        mark_context(request.scope)
-        response = await call_next(request)
-        await auto_commit_by_status_code(response.status_code, before_commit)
-        return response
+    outer = current_context()
+    loan = None
+    if joins_context(request.scope, outer):
+        loan = find_loan(request.scope, outer)
+        if loan is None:
+            return await call_next(request)
+    try:
+        async with new_ctx():
+            mark_context(request.scope)
+            if loan is not None:
+                await loan.begin(request.scope[SCOPE_KEY])
+            response = await call_next(request)
+            await auto_commit_by_status_code(response.status_code, before_commit)
+            return response
+    finally:
+        if loan is not None:
+            loan.end()

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Session
 
 from . import _complete
 from ._api import (
@@ -18,11 +17,13 @@ from ._api import (
 )
 from ._backend import current_context, init_db_session_ctx
 from ._context import reset_db_session_ctx
-from ._db_connect import DBConnect
+from ._db_connect import DBConnect, share_connection
 from ._errors import see
+from ._loan import lineage
 from ._sqlalchemy.session import closing
+from ._sqlalchemy.shared import SharedConnection, SharedTransactionWarning, begin_test, end_test, shared_session_of
 
-__all__ = ["put_savepoint_session_in_ctx", "rollback_session", "set_test_context"]
+__all__ = ["SharedTransactionWarning", "put_savepoint_session_in_ctx", "rollback_session", "set_test_context"]
 
 
 @asynccontextmanager
@@ -83,6 +84,11 @@ async def put_savepoint_session_in_ctx(connection: DBConnect, session: AsyncSess
     The new session uses the connection of the outer session.  Its commits only release a savepoint, and its rollbacks
     only roll back to a savepoint.  Rolling back the outer session undoes all of its work.
 
+    The middleware completes the new session for each request, as it completes sessions of its own.  During the block,
+    all other new sessions of the database use the same connection, one after another: in ``new_ctx``,
+    ``run_in_new_ctx`` and ``in_new_ctx``, and outside any context.  Other event loops get a ``RuntimeError``.
+    ``SharedTransactionWarning`` is issued if the transaction of the outer session was ended during the block.
+
     Args:
         connection: the database.
         session: the outer session, for example the session of ``rollback_session``.
@@ -90,7 +96,7 @@ async def put_savepoint_session_in_ctx(connection: DBConnect, session: AsyncSess
     Raises:
         ContextNotInitiatedError: no context is open, or it belongs to the event loop of another thread.
         ContextClosedError: the context is closed.
-        TypeError: the session class of the database chooses the engine of each statement itself (``get_bind``).
+        TypeError: the session maker of the database creates sessions that do not use the connection.
 
     Example:
         >>> async with rollback_session(db) as session, set_test_context():
@@ -99,10 +105,24 @@ async def put_savepoint_session_in_ctx(connection: DBConnect, session: AsyncSess
         ...     assert await session.scalar(select(func.count()).select_from(User)) == 1
     """
     expect_context()
-    maker = await connection.session_maker()
-    inner = maker(bind=await session.connection(), binds={}, join_transaction_mode="create_savepoint")
-    async with closing(inner):
-        _check_uses_bind(inner)
+    outer = await session.connection()
+    async with AsyncExitStack() as stack:
+        savepoint = await outer.run_sync(begin_test)
+        stack.push_async_callback(outer.run_sync, end_test, savepoint)
+        shared = SharedConnection(outer, lineage)
+        stack.enter_context(shared.listening())
+        stack.enter_context(share_connection(connection, shared))
+        inner = await connection.create_session()
+        await stack.enter_async_context(closing(inner))
+        sync_session = shared_session_of(inner)
+        if sync_session is None:
+            raise TypeError(
+                "put_savepoint_session_in_ctx() needs sessions whose class it can extend: the session maker of this "
+                f"database returned {type(inner).__name__} without its sync_session_class, and the work of such a "
+                "session could be committed" + see("guides/testing.md")
+            )
+        # All sessions of the test may begin inside its transaction.
+        sync_session.turn.context = None
         put_db_session_to_context(connection, inner)
         try:
             yield inner
@@ -111,16 +131,3 @@ async def put_savepoint_session_in_ctx(connection: DBConnect, session: AsyncSess
                 await _complete.rollback_one(inner)
             if get_db_session_from_context(connection) is inner:
                 pop_db_session_from_context(connection)
-
-
-def _check_uses_bind(session: AsyncSession) -> None:
-    """Raise if statements of the session could use another connection than the one that the session is bound to."""
-    # An override in a subclass of AsyncSession has no effect: SQLAlchemy calls only this one.
-    session_class = type(session.sync_session)
-    if session_class.get_bind is not Session.get_bind:
-        raise TypeError(
-            f"put_savepoint_session_in_ctx() cannot use the session class {session_class.__name__}, because it "
-            "overrides get_bind(): its statements could be committed on another connection, outside of the "
-            "transaction of the test; give the database a session maker without this class in tests"
-            + see("guides/testing.md")
-        )

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sqlite3
 from collections.abc import Coroutine
 from contextlib import suppress
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy.exc import DBAPIError, InvalidRequestError
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError, IntegrityError, InvalidRequestError
 
 from .._errors import see
 from .internals import await_only, has_waiters, in_greenlet, statement_lock
@@ -269,6 +271,39 @@ def is_autocommit(dialect: Dialect, connection: PoolProxiedConnection) -> bool:
     if dialect.name == "sqlite":
         return driver_connection.isolation_level is None
     return bool(driver_connection.get_autocommit())
+
+
+# --- constraints that are checked at COMMIT ----------------------------------------------------------
+
+# What COMMIT resets the constraints to.  The first value is NULL if no constraint is deferrable.
+_DEFERRABLE = text("""
+    SELECT max(1), string_agg(format('%I.%I', nspname, conname), ', ') FILTER (WHERE NOT condeferred)
+    FROM pg_constraint JOIN pg_namespace ON pg_namespace.oid = connamespace
+    WHERE condeferrable AND has_schema_privilege(connamespace, 'USAGE') AND NOT starts_with(nspname, 'pg_temp')
+""")
+
+
+def check_deferred_constraints(connection: Connection) -> None:
+    """Check the constraints that COMMIT would check, and reset them as COMMIT does.
+
+    Raises:
+        sqlalchemy.exc.DBAPIError: the error that COMMIT would raise.  An aborted transaction raises too.
+    """
+    if connection.dialect.name == "postgresql":
+        is_deferrable, immediate = connection.execute(_DEFERRABLE).one()
+        if is_deferrable:
+            connection.exec_driver_sql("SET CONSTRAINTS ALL IMMEDIATE")
+            connection.exec_driver_sql("SET CONSTRAINTS ALL DEFERRED")
+        if immediate:
+            # Not ``exec_driver_sql``: each driver has its own way to write a percent sign.
+            connection.execute(text(f"SET CONSTRAINTS {immediate} IMMEDIATE".replace(":", r"\:")))
+    elif connection.dialect.name == "sqlite":
+        # SQLite checks them only when the outermost transaction ends.
+        is_checked = connection.exec_driver_sql("PRAGMA foreign_keys").scalar()
+        if is_checked and connection.exec_driver_sql("PRAGMA foreign_key_check").first() is not None:
+            error = sqlite3.IntegrityError("FOREIGN KEY constraint failed")
+            error.sqlite_errorcode = sqlite3.SQLITE_CONSTRAINT_FOREIGNKEY
+            raise IntegrityError("COMMIT", None, error)
 
 
 # --- cancelling --------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ __all__ = [
     "is_modified",
     "is_permanently_closed",
     "leave_begin_block",
+    "reopen",
     "running_loop",
     "set_isolation_level_of_new_connections",
     "statement_lock",
@@ -67,6 +68,15 @@ def close_permanently(session: Session) -> None:
     the session can be used again.  Checked with 2.0.56 to 2.1.9.
     """
     session._close_state = _CLOSED
+
+
+def reopen(session: Session) -> None:
+    """Let a session begin again that was closed permanently: ``Session._close_state``.
+
+    A request of a test may close the session of the test, which the test goes on using.  Checked with 2.0.56 to 2.1.9.
+    """
+    if session._close_state is _CLOSED:
+        session._close_state = _SessionCloseState.CLOSE_IS_RESET
 
 
 def connections_of(session: Session) -> list[tuple[Connection, bool]]:

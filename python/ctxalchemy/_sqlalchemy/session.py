@@ -36,6 +36,7 @@ from .internals import (
     is_permanently_closed,
 )
 from .read_only import is_read_only
+from .shared import SharedSession
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -88,6 +89,8 @@ def check_read_only(session: AsyncSession) -> None:
     sync_session = session.sync_session
     if is_modified(sync_session):
         _check_unchanged(sync_session)
+    if isinstance(sync_session, SharedSession) and sync_session.read_only:
+        return
     for connection, _ in connections_of(sync_session):
         if not is_read_only(connection):
             raise InvalidRequestError(
