@@ -166,3 +166,44 @@ def test_plugin_imports_no_optional_package_if_unused(pytester: pytest.Pytester)
     pytester.makepyfile(pytest_asyncio="raise ImportError('not installed')")
     result = pytester.runpytest_subprocess("-p", "no:asyncio", "-p", "no:anyio", "-p", "no:timeout")
     result.assert_outcomes(passed=1)
+
+
+def test_shared_session_with_db_context_is_an_error(project: pytest.Pytester) -> None:
+    project.makepyfile(test_it="async def test_it(db_context, shared_session): ...")
+    result = run(project, "-o", "asyncio_mode=auto")
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines(["*UsageError: this test uses both db_context and shared_session*"])
+
+
+@pytest.mark.parametrize("version", ["0.24.0", "0.9.1"])
+def test_pytest_asyncio_that_hides_the_context_from_the_test_is_an_error(
+    project: pytest.Pytester, version: str
+) -> None:
+    project.makepyfile(
+        older=f"import pytest_asyncio; pytest_asyncio.__version__ = '{version}'",
+        test_it="async def test_it(shared_session): ...",
+    )
+    result = run(project, "-p", "older", "-o", "asyncio_mode=auto")
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines([f"*UsageError: pytest-asyncio {version} does not show*upgrade it to 0.25 or newer*"])
+
+
+@pytest.mark.parametrize("keyword", ["async ", ""])
+async def test_testclient_with_a_shared_session_is_an_error(
+    project: pytest.Pytester, database_url: str, second_database_url: str, keyword: str
+) -> None:
+    project.makepyfile(
+        test_it=f"""
+        import warnings
+        warnings.simplefilter("ignore")
+        from app import app
+        from starlette.testclient import TestClient
+
+        {keyword}def test_it(shared_session):
+            TestClient(app).post("/", params={{"name": "a"}})
+        """
+    )
+    result = run(project, "-o", "asyncio_mode=auto", "-W", "ignore")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["E*RuntimeError: a test shares its connection to this database*httpx.ASGITransport*"])
+    assert await names(database_url) == await names(second_database_url) == []

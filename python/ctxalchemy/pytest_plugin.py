@@ -13,6 +13,7 @@ pytest-asyncio, in both of its modes, and with anyio.
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AsyncExitStack
 from typing import Any
@@ -25,8 +26,10 @@ from ._worker_database import base_database_url, migrate_database, worker_databa
 from .testing import put_savepoint_session_in_ctx, rollback_session, set_test_context
 
 try:
+    from pytest_asyncio import __version__ as _pytest_asyncio_version
     from pytest_asyncio import fixture as _pytest_asyncio_fixture
 except ImportError:
+    _pytest_asyncio_version = ""
     _async_fixture: Callable[..., Any] = pytest.fixture
 else:
     _async_fixture = _pytest_asyncio_fixture
@@ -41,6 +44,26 @@ __all__ = [
     "worker_database",
 ]
 
+_WITHOUT_CONTEXT = re.compile(r"0\.([01]?[0-9]|2[0-4])\.")
+"""The versions of pytest-asyncio with which a test does not see the context variables that its fixtures have set."""
+
+
+@pytest.fixture
+def _context_check(request: pytest.FixtureRequest) -> None:
+    """Raise if the fixtures that open a context cannot work for this test."""
+    # anyio runs its own tests and their fixtures.
+    if _WITHOUT_CONTEXT.match(_pytest_asyncio_version) and not request.node.get_closest_marker("anyio"):
+        raise pytest.UsageError(
+            f"pytest-asyncio {_pytest_asyncio_version} does not show a test the context that its fixtures open: "
+            "upgrade it to 0.25 or newer"
+        )
+    if {"db_context", "shared_sessions"} <= set(request.fixturenames):
+        raise pytest.UsageError(
+            "this test uses both db_context and shared_session (or shared_sessions), and each opens a context: use "
+            "shared_session alone, with which db_session() works too and everything is rolled back, or db_context "
+            "alone, which commits for real"
+        )
+
 
 @pytest.fixture
 def db_connections() -> DBConnect | Iterable[DBConnect]:
@@ -52,11 +75,11 @@ def db_connections() -> DBConnect | Iterable[DBConnect]:
 
 @_async_fixture
 async def shared_sessions(
-    db_connections: DBConnect | Iterable[DBConnect],
+    _context_check: None, db_connections: DBConnect | Iterable[DBConnect]
 ) -> AsyncIterator[dict[DBConnect, AsyncSession]]:
     """For each database, a session that the test and the application share.  Its work is rolled back after the test.
 
-    A commit of the application only releases a savepoint.
+    The middleware completes it for each request, as it would complete a session of its own: to a savepoint.
     """
     databases = _as_list(db_connections)
     async with AsyncExitStack() as stack:
@@ -87,7 +110,7 @@ def shared_session(shared_sessions: dict[DBConnect, AsyncSession]) -> AsyncSessi
 
 
 @_async_fixture
-async def db_context() -> AsyncIterator[None]:
+async def db_context(_context_check: None) -> AsyncIterator[None]:
     """A context for a test that calls functions which need one.  It is committed and closed after the test."""
     async with set_test_context(auto_close=True):
         yield
