@@ -82,11 +82,13 @@ class ASGIHTTPDBSessionMiddleware:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Serve one ASGI connection."""
         kind = scope["type"]
-        outer = current_context()
+        if not (kind == "http" or (kind == "websocket" and self.websocket)):
+            await self.app(scope, receive, send)
+            return
         loan = None
-        serves = kind == "http" or (kind == "websocket" and self.websocket)
-        if not serves or (outer is not None and joins_context(scope, outer)):
-            loan = find_loan(scope, outer) if serves else None
+        outer = current_context()
+        if outer is not None and joins_context(scope, outer):
+            loan = find_loan(scope, outer)
             if loan is None:
                 await self.app(scope, receive, send)
                 return
