@@ -496,6 +496,38 @@ async def test_failure_of_on_rollback_does_not_mask_the_first_error(ctxalchemy: 
     assert calls == ["rolled back"]
 
 
+BLOCKS: dict[str, Any] = {"session.begin()": lambda session: session.begin(), "session": lambda session: session}
+
+
+@pytest.mark.parametrize("is_caught", [False, True])
+@pytest.mark.parametrize("block", BLOCKS)
+async def test_failure_of_on_rollback_does_not_mask_the_error_that_ends_a_block_of_sqlalchemy(
+    ctxalchemy: ModuleType, db: Any, block: str, is_caught: bool
+) -> None:
+    """The failure is raised at the end of the context, or becomes a note of the error that ends the context."""
+
+    def fail() -> None:
+        raise ValueError("later")
+
+    async def run() -> None:
+        async with ctxalchemy.new_ctx():
+            with pytest.raises(LookupError, match="in the block") as raised:
+                await fail_in_block(ctxalchemy, db, BLOCKS[block], fail)
+            if not is_caught:
+                raise raised.value
+
+    with pytest.raises(ValueError if is_caught else LookupError) as raised:
+        await run()
+    if not is_caught:
+        assert raised.value.__notes__ == ["earlier, a callback failed: ValueError: later"]
+
+
+async def fail_in_block(ctxalchemy: ModuleType, db: Any, block: Any, callback: Any) -> None:
+    async with block(await ctxalchemy.db_session(db)):
+        ctxalchemy.on_rollback(db, callback)
+        raise LookupError("in the block")
+
+
 # --- requests and tests ------------------------------------------------------------------------------
 
 

@@ -184,6 +184,7 @@ async def test_flush_is_refused_by_the_database(ctxalchemy: ModuleType, schema: 
         session.add(Note(name="refused"))
         with pytest.raises(DBAPIError, match="read-only transaction"):
             await session.scalars(select(Note))
+        await session.rollback()
     assert await schema.notes() == []
 
 
@@ -360,19 +361,27 @@ async def test_websocket_may_be_read_only(ctxalchemy: ModuleType, schema: Schema
     assert await schema.notes() == []
 
 
-async def test_request_uses_the_session_of_a_test_context(ctxalchemy: ModuleType, schema: Schema, db: Any) -> None:
+async def test_read_only_request_of_a_test_sees_the_work_of_the_test_and_its_writes_are_refused(
+    ctxalchemy: ModuleType, schema: Schema, db: Any
+) -> None:
+    seen: list[int] = []
+
     async def endpoint() -> Answer:
-        await add_note(await ctxalchemy.db_session(db), "of the test")
+        session = await ctxalchemy.db_session(db)
+        seen.append(await count_notes(session))
+        await add_note(session, "refused")
         return Answer()
 
     testing = ctxalchemy.testing
     async with (
         testing.rollback_session(db) as session,
         testing.set_test_context(),
-        testing.put_savepoint_session_in_ctx(db, session),
+        testing.put_savepoint_session_in_ctx(db, session) as shared,
     ):
-        sent = await call(build("asgi", ctxalchemy, endpoint, read_only_if=lambda _: True))
-        assert sent[0]["status"] == 200
+        await add_note(shared, "of the test")
+        with pytest.raises(DBAPIError, match="read-only transaction"):
+            await call(build("asgi", ctxalchemy, endpoint, read_only_if=lambda _: True))
+        assert seen == [1]
         assert await count_notes(session) == 1
     assert await schema.notes() == []
 

@@ -298,7 +298,11 @@ async def abort(store: SessionStore, error: BaseException) -> None:
         if _logging.logged_contexts:
             _logging.log_context_closed(store)
         if sessions := close_without_io(store.close()):
-            await closings.run_after(error, sessions)
+            try:
+                await closings.run_after(error, sessions)
+            finally:
+                if callbacks:
+                    await run_callbacks_after(store, error)
 
 
 def _each_begun(store: SessionStore) -> Iterator[AsyncSession]:

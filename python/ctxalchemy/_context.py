@@ -58,6 +58,9 @@ async def reset_db_session_ctx(token: Token[SessionStore | None], with_close: bo
         for store in stores:
             closing = _complete.with_callbacks(store, closing)
         await closing
+    if _complete.callbacks:
+        for store in stores:
+            _complete.raise_deferred(store)
 
 
 def _opened_since(token: Token[SessionStore | None]) -> list[SessionStore]:
@@ -108,6 +111,7 @@ async def new_ctx(*, read_only: bool = False) -> AsyncIterator[None]:
         await _complete.commit_all(store)
         if _complete.callbacks:
             await _complete.run_callbacks(store)
+            _complete.raise_deferred(store)
         items = store.close()
         if _logging.logged_contexts:
             _logging.log_context_closed(store)

@@ -80,6 +80,9 @@ def on_rollback(connect: DBConnect, callback: Callable[[], object]) -> None:
     ``on_rollback`` is called is rolled back, the function is called at the end of the transaction around it, whether
     that transaction is committed or rolled back.
 
+    If the application itself rolls back (``session.rollback()``, or an exception that leaves a block of SQLAlchemy), the
+    exception of the function is raised when the context is completed.
+
     Args:
         connect: the database.
         callback: as for ``on_commit``.
@@ -178,7 +181,9 @@ class _Hooks:
             if owner is not None:
                 leave_begin_block(owner)
             if not is_ending and in_greenlet():
-                await_only(self.run())
+                # A rollback may have a reason, such as an exception that leaves a block, which must not be masked.
+                is_committed = all(entry.is_committed for entry in self._entries if entry.transaction is None)
+                await_only(self.run(defer=not is_committed))
 
     def _end(self, transaction: SessionTransaction) -> bool:
         """Decide what becomes of the callbacks of a transaction that has ended; return whether some can run."""
@@ -247,10 +252,14 @@ class _Hooks:
     def _end_unnoticed(self) -> None:
         """End the transactions for which SQLAlchemy dispatched no event.
 
-        This happens if the task is cancelled, or an error is raised, while a connection is being checked in.
+        This happens if the task is cancelled, or an error is raised, while a connection is being checked in.  If
+        another task is waiting for a connection when the context is closed, SQLAlchemy does not end the transaction at
+        all, and that task gets an error.
         """
+        store = self._store()
+        is_closed = store is None or store.closed
         for transaction in [entry.transaction for entry in self._entries]:
-            while transaction is not None and _has_ended(transaction):
+            while transaction is not None and (is_closed or _has_ended(transaction)):
                 self._end(transaction)
                 transaction = _outer(transaction)
 

@@ -70,7 +70,7 @@ class ASGIHTTPDBSessionMiddleware:
         for name, function in options.items():
             if function is not None and not callable(function):
                 raise TypeError(f"{name} must be callable, got {type(function).__name__}")
-        if iscoroutinefunction(read_only_if):
+        if iscoroutinefunction(read_only_if) or iscoroutinefunction(getattr(read_only_if, "__call__", None)):  # noqa: B004
             # What it returns would always be true.
             raise TypeError("read_only_if must be a function that is not async")
         self.app = app

@@ -1016,3 +1016,104 @@ async def test_statement_on_mariadb_is_one_round_trip(ctxalchemy: ModuleType, ma
                 async with ctxalchemy.new_ctx(read_only=True):
                     await count_notes(await ctxalchemy.db_session(db))
             assert len(wire.sent) == 1
+
+
+# --- what one context must not leave to the next -----------------------------------------------------
+
+
+async def test_option_postgresql_readonly_does_not_make_a_connection_writable_later(
+    ctxalchemy: ModuleType, schema: Schema, db_per_driver: Any
+) -> None:
+    options = {"isolation_level": "SERIALIZABLE", "postgresql_readonly": True}
+    async with ctxalchemy.new_ctx(read_only=True):
+        session = await ctxalchemy.db_session(db_per_driver)
+        await session.connection(execution_options=options)
+        assert await count_notes(session) == 0
+    for level in (None, "REPEATABLE READ"):
+        async with ctxalchemy.new_ctx(read_only=True):
+            session = await ctxalchemy.db_session(db_per_driver)
+            if level is None:
+                await ctxalchemy.set_local(db_per_driver, {"app.tenant": "1"})
+            else:
+                await session.connection(execution_options={"isolation_level": level})
+            with pytest.raises(DBAPIError, match="read-only transaction"):
+                await add_note(session, "refused")
+            await session.rollback()
+    assert await schema.notes() == []
+
+
+@pytest.mark.parametrize("begin", ["BEGIN", "BEGIN ISOLATION LEVEL REPEATABLE READ"])
+@pytest.mark.parametrize("aborted", [False, True])
+async def test_transaction_that_a_statement_has_begun_ends_with_its_context(
+    ctxalchemy: ModuleType, schema: Schema, db_per_driver: Any, begin: str, aborted: bool
+) -> None:
+    async with ctxalchemy.new_ctx(read_only=True):
+        session = await ctxalchemy.db_session(db_per_driver)
+        await session.execute(text(begin))
+        assert await count_notes(session) == 0
+        if aborted:
+            with pytest.raises(DBAPIError):
+                await session.execute(text("SELECT nonsense"))
+    assert await schema.has_no_open_transaction()
+    async with ctxalchemy.new_ctx():
+        await add_note(await ctxalchemy.db_session(db_per_driver), "later")
+    async with ctxalchemy.new_ctx(read_only=True):
+        assert await count_notes(await ctxalchemy.db_session(db_per_driver)) == 1
+
+
+async def test_refused_flush_that_the_application_catches_is_no_success(
+    ctxalchemy: ModuleType, db_per_driver: Any
+) -> None:
+    calls: list[str] = []
+
+    async def write() -> None:
+        session = await ctxalchemy.db_session(db_per_driver)
+        ctxalchemy.on_commit(db_per_driver, lambda: calls.append("committed"))
+        session.add(Note(name="refused"))
+        with pytest.raises(DBAPIError):
+            await session.flush()
+
+    with pytest.raises(InvalidRequestError, match=r"read-only.*flush of its session has failed"):
+        await ctxalchemy.in_new_ctx(read_only=True)(write)()
+    assert calls == []
+
+
+async def test_engine_that_has_opened_connections_cannot_become_read_only(
+    ctxalchemy: ModuleType, schema: Schema
+) -> None:
+    engine = create_async_engine(schema.url)
+    async with engine.connect() as connection:
+        await connection.execute(text("SELECT 1"))
+    db = ctxalchemy.DBConnect(
+        lambda _host: create_async_engine(schema.url),
+        maker_creator(),
+        "host",
+        read_only_engine_creator=lambda _: engine,
+    )
+    async with ctxalchemy.new_ctx(read_only=True):
+        with pytest.raises(ValueError, match="must return a new engine"):
+            await ctxalchemy.db_session(db)
+    await engine.dispose()
+    await db.close()
+
+
+async def test_callbacks_run_although_another_task_waits_for_a_connection_at_the_end(
+    ctxalchemy: ModuleType, schema: Schema
+) -> None:
+    db = schema.db(ctxalchemy, pool_size=1, max_overflow=0)
+    calls: list[str] = []
+    async with db, ctxalchemy.new_ctx(read_only=True):
+        await count_notes(await ctxalchemy.db_session(db))
+
+        async def read() -> Any:
+            async with ctxalchemy.new_ctx(read_only=True):
+                session = await ctxalchemy.db_session(db)
+                ctxalchemy.on_commit(db, lambda: calls.append("committed"))
+                task = asyncio.create_task(session.scalar(text("SELECT 1")))
+                await asyncio.sleep(0.05)
+            return task
+
+        task = await read()
+        assert calls == ["committed"]
+    with pytest.raises((InvalidRequestError, ctxalchemy.ContextClosedError)):
+        await task

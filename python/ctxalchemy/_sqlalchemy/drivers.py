@@ -306,6 +306,19 @@ def check_deferred_constraints(connection: Connection) -> None:
             raise IntegrityError("COMMIT", None, error)
 
 
+def is_in_transaction(dialect: Dialect, connection: PoolProxiedConnection) -> bool:
+    """Return whether a transaction is open on the server.  The drivers track this, so it takes no round trip."""
+    driver_connection: Any = connection.driver_connection
+    if dialect.driver == "asyncpg":
+        return bool(driver_connection.is_in_transaction())
+    if dialect.name == "postgresql":
+        # INTRANS or INERROR.
+        return int(driver_connection.info.transaction_status) in (2, 3)
+    if dialect.name == "sqlite":
+        return bool(driver_connection.in_transaction)
+    return bool(driver_connection.get_transaction_status())
+
+
 # --- cancelling --------------------------------------------------------------------------------------
 
 

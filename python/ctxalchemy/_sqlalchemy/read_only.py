@@ -10,9 +10,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import event
+from sqlalchemy import QueuePool, event
 
-from .drivers import check_can_refuse_writes, is_autocommit, refuse_writes, request_read_only
+from .drivers import check_can_refuse_writes, is_autocommit, is_in_transaction, refuse_writes, request_read_only
 from .internals import set_isolation_level_of_new_connections
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ def claim(engine: AsyncEngine, read_only: bool) -> None:
     """Use this engine, either as a read-only engine or for everything.
 
     Raises:
-        ValueError: the engine is used for the other purpose already, or the database is not supported.
+        ValueError: the engine is used for the other purpose already, or has connections already, or the database is not
+            supported.
     """
     if _claimed.setdefault(engine.dialect, read_only) != read_only:
         raise ValueError(
@@ -64,6 +65,11 @@ def _make_read_only(engine: AsyncEngine) -> None:
     # Any: the methods of the dialect are replaced.
     dialect: Any = engine.dialect
     check_can_refuse_writes(dialect)
+    pool = engine.sync_engine.pool
+    if isinstance(pool, QueuePool) and pool.checkedin() + pool.checkedout():
+        raise ValueError(
+            "read_only_engine_creator must return a new engine: this one has opened connections, which accept writes"
+        )
 
     def on_connect(dbapi_connection: Any, pool_entry: ConnectionPoolEntry) -> None:
         # The entry may have had another connection before.
@@ -84,6 +90,9 @@ def _make_read_only(engine: AsyncEngine) -> None:
     _skip_savepoints_in_autocommit(dialect)
     if dialect.name == "postgresql":
         _stream_in_transactions(dialect)
+        # SQLAlchemy resets the option ``postgresql_readonly`` to False, which would let the connection write.
+        set_readonly = dialect.set_readonly
+        dialect.set_readonly = lambda dbapi_connection, _value: set_readonly(dbapi_connection, True)
 
 
 def _skip_in_autocommit(dialect: Any) -> None:
@@ -92,6 +101,9 @@ def _skip_in_autocommit(dialect: Any) -> None:
     def ending(end: Callable[[PoolProxiedConnection], None]) -> Any:
         def end_transaction(dbapi_connection: PoolProxiedConnection) -> None:
             if is_autocommit(dialect, dbapi_connection):
+                if is_in_transaction(dialect, dbapi_connection):
+                    # The application has executed BEGIN as a statement.
+                    _roll_back(dbapi_connection)
                 return
             end(dbapi_connection)
             info = _info(dbapi_connection)
@@ -103,6 +115,15 @@ def _skip_in_autocommit(dialect: Any) -> None:
 
     dialect.do_commit = ending(dialect.do_commit)
     dialect.do_rollback = ending(dialect.do_rollback)
+
+
+def _roll_back(connection: PoolProxiedConnection) -> None:
+    # In autocommit, ``rollback()`` of some drivers sends nothing.
+    cursor = connection.cursor()
+    try:
+        cursor.execute("ROLLBACK")
+    finally:
+        cursor.close()
 
 
 def _skip_savepoints_in_autocommit(dialect: Any) -> None:

@@ -15,7 +15,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import event
-from sqlalchemy.exc import DBAPIError, IllegalStateChangeError, InvalidRequestError
+from sqlalchemy.exc import DBAPIError, IllegalStateChangeError, InvalidRequestError, PendingRollbackError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from .._errors import closed_context, see
@@ -87,6 +87,8 @@ def check_read_only(session: AsyncSession) -> None:
     if not is_async_session(session):
         return
     sync_session = session.sync_session
+    if not sync_session.is_active:
+        _check_can_go_on(sync_session)
     if is_modified(sync_session):
         _check_unchanged(sync_session)
     if isinstance(sync_session, SharedSession) and sync_session.read_only:
@@ -336,6 +338,20 @@ def _commit_several(session: AsyncSession, connections: list[Connection]) -> Non
 
 def _roll_back(session: AsyncSession) -> None:
     _end(session, "rollback", _rolled_back)
+
+
+def _check_can_go_on(session: Session) -> None:
+    try:
+        # SQLAlchemy refuses this in the state of the session, and its error tells the reason.
+        session.begin_nested()
+    except PendingRollbackError as error:
+        raise InvalidRequestError(
+            "this context is read-only, and a flush of its session has failed: its changes would be lost, although the "
+            f"error was caught: make them in a context that is not read-only{_READ_ONLY_PAGE}"
+        ) from error
+    except InvalidRequestError:
+        # Another task is using the session.
+        return
 
 
 def _check_unchanged(session: Session) -> None:
