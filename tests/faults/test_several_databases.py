@@ -14,6 +14,7 @@ from support.apps import KINDS, Answer, Kind, build, call, client_of, http_scope
 from support.faults import CommitGate, SQLiteFile, Witness, assert_whole, psycopg_db
 from support.schema import Schema, add_note, break_commit, checked_out, watched
 from support.sessions import Note, maker_creator
+from support.waiting import Gate
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -277,6 +278,35 @@ async def test_partial_commit_error_is_not_masked_by_a_failed_rollback(
     assert isinstance(caught.value.__cause__, DBAPIError)
     assert "then rollback_session failed" in notes_of(caught.value.__cause__)
     await assert_whole(ctxalchemy, schema, *databases, notes=["first"])
+
+
+async def test_cancellation_during_the_rollback_after_a_partial_commit_says_what_was_committed(
+    ctxalchemy: ModuleType, schema: Schema, db: Any, other_db: Any
+) -> None:
+    rolling_back = Gate()
+
+    class SlowToRollBack(AsyncSession):
+        async def rollback(self) -> None:
+            await rolling_back()
+            await super().rollback()
+
+    slow = schema.db(ctxalchemy, session_class=SlowToRollBack)
+
+    async def work() -> None:
+        await add_note(await ctxalchemy.db_session(db), "kept")
+        await break_commit(await ctxalchemy.db_session(other_db))
+        await add_note(await ctxalchemy.db_session(slow), "lost")
+
+    task = asyncio.create_task(by_new_ctx(ctxalchemy, work))
+    await rolling_back.reached()
+    task.cancel()
+    await asyncio.sleep(0)
+    rolling_back.open()
+    with pytest.raises(asyncio.CancelledError) as raised:
+        await task
+    assert any("1 session(s) had been committed" in note for note in raised.value.__notes__)
+    await assert_whole(ctxalchemy, schema, db, other_db, slow, notes=["kept"])
+    await slow.close()
 
 
 async def test_failed_commit_after_response_start_is_raised_to_the_server(
