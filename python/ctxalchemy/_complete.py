@@ -60,7 +60,7 @@ class PartialCommitError(RuntimeError):
         return (
             f"{len(self.committed)} session(s) had been committed when another commit failed; "
             f"committed: {', '.join(map(repr, self.committed))}; not committed: {', '.join(map(repr, self.failed))}"
-            + see("guides/several-databases.md")
+            + see("guides/several-databases.md#handle-a-partialcommiterror")
         )
 
 
