@@ -29,7 +29,9 @@ LINTERS := ruff-check ruff-format mypy pyright stubtest verifytypes check-workfl
 
 help:  ## List the targets.
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' Makefile | \
-		while IFS="$$(printf '\t')" read -r name text; do printf '  make %-19s%s\n' "$$name" "$$text"; done
+		while IFS="$$(printf '\t')" read -r name text; do \
+			printf '  make %-19s%s\n' "$$name" "$$text" | fold -s -w 100 | sed 's/ $$//; 2,$$s/^/                          /'; \
+		done
 	@echo
 	@echo 'Every target runs with python3. To use another interpreter, add for example PYTHON=python3.13.'
 
@@ -90,6 +92,7 @@ format:  ## Format the Python and the Rust, and apply the fixes of the linter.
 docs:  ## Build the documentation into site/.
 	@$(SET_UP) docs
 	@NO_MKDOCS_2_WARNING=1 $(VENV_PYTHON) -m mkdocs build --quiet --strict
+	@echo 'The documentation is in site/: open site/index.html. Search needs a server: make docs-serve'
 
 docs-serve:  ## Serve the documentation, and rebuild it when it changes.
 	@$(SET_UP) docs
