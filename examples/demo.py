@@ -101,7 +101,7 @@ async def demonstrate() -> bool:
             f"The service is FastAPI on uvicorn {uvicorn.__version__} over TCP. "
             "The new rows are read on separate connections.\n"
         )
-        table = Table(scenario=40, request=16, status_and_error=22, new_rows_in_the_databases=26, as_promised=11)
+        table = Table(scenario=40, request=16, status_and_error=22, new_rows_in_the_databases=26, result=11)
         as_promised = 0
         for case in CASES:
             observed = await run_case(case, client, service)

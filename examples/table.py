@@ -26,8 +26,8 @@ class Table:
         print(paint("  ".join("-" * width for width in self._widths), DIM))
 
     def row(self, *cells: str, good: bool) -> None:
-        """Print a row. Its last cell is "yes" if the result is good, and "NO" if it is not."""
-        *others, last = self._line([*cells, "yes" if good else "NO"]).rpartition("  ")
+        """Print a row. Its last cell says whether the result is as promised."""
+        *others, last = self._line([*cells, "as promised" if good else "NOT AS PROMISED"]).rpartition("  ")
         print("".join(others) + paint(last, GREEN if good else RED), flush=True)
 
     def _line(self, cells: Sequence[str]) -> str:
