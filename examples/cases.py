@@ -57,6 +57,12 @@ CASES = [
         "409",
     ),
     Case(
+        "A handler writes a duplicate",
+        "POST /customers",
+        {"name": "Ada"},
+        "409",
+    ),
+    Case(
         "A deadline cancels the request",
         "POST /customers",
         {"name": "Bob", "check_seconds": 60},
@@ -74,13 +80,13 @@ CASES = [
         "The first of two COMMITs fails",
         "POST /orders",
         {"customer": "Nobody", "item": "jam", "reference": "A-2"},
-        "500 IntegrityError",
+        "409",
     ),
     Case(
         "The second of two INSERTs fails",
         "POST /orders",
         {"customer": "Ada", "item": "jam", "reference": "A-1"},
-        "500 IntegrityError",
+        "409",
     ),
     # Two databases cannot commit atomically. PartialCommitError names the databases that were committed.
     Case(

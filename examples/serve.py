@@ -10,7 +10,7 @@ from shop.api import app
 
 def main() -> None:
     host, port = os.environ.get("HOST", "127.0.0.1"), int(os.environ.get("PORT", "8000"))
-    print(f"The documentation of the shop's API is at http://{host}:{port}/docs", flush=True)
+    print(f"The shop's endpoints are listed at http://{host}:{port}/", flush=True)
     uvicorn.run(app, host=host, port=port)
 
 

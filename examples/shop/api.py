@@ -9,10 +9,11 @@ from contextlib import asynccontextmanager
 
 from ctxalchemy import atomic_db_session, db_session, is_context_initiated, new_ctx, run_in_new_ctx
 from ctxalchemy.fastapi import add_fastapi_http_db_session_middleware
-from fastapi import BackgroundTasks, FastAPI, HTTPException
-from fastapi.responses import StreamingResponse
+from fastapi import BackgroundTasks, FastAPI, HTTPException, Request
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from pydantic import BaseModel
 from sqlalchemy import func, select
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import DeclarativeBase
 
 from .database import audit_db, shop_db, temporary_databases
@@ -26,7 +27,8 @@ async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         yield
 
 
-app = FastAPI(title="A small shop on ctxalchemy", lifespan=lifespan)
+# FastAPI's pages at /docs and /redoc load scripts from another host. The page at / works without the internet.
+app = FastAPI(title="A small shop on ctxalchemy", lifespan=lifespan, docs_url=None, redoc_url=None)
 add_fastapi_http_db_session_middleware(app)
 app.add_middleware(DeadlineMiddleware)
 
@@ -34,6 +36,29 @@ outliving_tasks: set[asyncio.Task[None]] = set()
 """Tasks that outlive their requests. The event loop keeps only weak references to tasks."""
 
 logger = logging.getLogger(__name__)
+
+
+@app.exception_handler(IntegrityError)
+async def respond_to_conflict(_request: Request, _error: IntegrityError) -> JSONResponse:
+    """Respond with 409 to a duplicate or a missing customer or clerk, also if only the COMMIT detects it."""
+    return JSONResponse({"detail": "a row with this name or reference exists, or a row that it names is missing"}, 409)
+
+
+@app.get("/", response_class=HTMLResponse, include_in_schema=False)
+async def show_endpoints() -> str:
+    """List the endpoints, each with its description."""
+    rows = "".join(
+        f"<tr><td>{method.upper()}</td><td><code>{path}</code></td><td>{endpoint['description']}</td></tr>"
+        for path, methods in app.openapi()["paths"].items()
+        for method, endpoint in methods.items()
+    )
+    return (
+        f"<!doctype html><meta charset=utf-8><title>{app.title}</title><body style='font: 1rem/1.6 sans-serif'>"
+        f"<h1>{app.title}</h1><table cellpadding=6>{rows}</table><p>Add a customer twice. The second time, the "
+        "response is a 409, and nothing is committed:<pre>curl -i localhost:8000/customers --json "
+        "'{&quot;name&quot;: &quot;Ada&quot;}'</pre><p>The bodies of the requests are described in "
+        "<a href=/openapi.json>openapi.json</a>."
+    )
 
 
 class NewCustomer(BaseModel):
