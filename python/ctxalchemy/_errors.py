@@ -76,7 +76,7 @@ def context_already_open() -> ContextAlreadyInitiatedError:
     """Return the error for opening a context while another one is open."""
     return ContextAlreadyInitiatedError(
         "a database session context is already open here: reset it first, or pass force=True to open a nested one"
-        + see("api.md#contexts")
+        + see("api/contexts.md")
     )
 
 
