@@ -69,6 +69,7 @@ SIGNATURES = {
         "rollback_session": "(connection)",
         "set_test_context": "(auto_close=False)",
         "put_savepoint_session_in_ctx": "(connection, session)",
+        "allow_real_commits": "(connection)",
     },
 }
 ERRORS = {

@@ -630,6 +630,48 @@ async def test_other_sessions_in_the_context_of_the_test_are_left_alone(
     assert await schema.notes() == []
 
 
+async def test_database_that_the_test_does_not_share_is_refused_unless_real_commits_are_allowed(
+    ctxalchemy: ModuleType, schema: Schema, db: Any, other_db: Any
+) -> None:
+    async def outside_any_context(world: World) -> Answer:
+        async with ctxalchemy.new_non_ctx_atomic_session(world.db) as session:
+            await add_note(session, "for real")
+        return Answer(201)
+
+    async def in_a_new_context(world: World) -> Answer:
+        await ctxalchemy.run_in_new_ctx(succeeds, world)
+        return Answer(201)
+
+    async def with_a_session_maker(world: World) -> Answer:
+        async with (await world.db.session_maker())() as session, session.begin():
+            await add_note(session, "for real")
+        return Answer(201)
+
+    async def read_only(world: World) -> Answer:
+        async with ctxalchemy.new_ctx(read_only=True):
+            await notes(await world.session())
+        return Answer(201)
+
+    other = World(ctxalchemy, other_db)
+    endpoints = [succeeds, outside_any_context, in_a_new_context, with_a_session_maker, read_only]
+    async with shared(World(ctxalchemy, db)):
+        for endpoint in endpoints:
+            with pytest.raises(RuntimeError, match=r"not to <DBConnect .*db_connections"):
+                await call(build_in("fastapi", other, endpoint))
+        async with ctxalchemy.testing.rollback_session(other_db) as outer:
+            await add_note(outer, "undone")
+            async with ctxalchemy.testing.put_savepoint_session_in_ctx(other_db, outer):
+                await call(build_in("asgi", other, succeeds))
+        assert await schema.notes() == []
+        for endpoint in endpoints:
+            with ctxalchemy.testing.allow_real_commits(other_db):
+                await call(build_in("asgi", other, endpoint))
+            await schema.observer.execute("DELETE FROM note")
+        with pytest.raises(RuntimeError, match="db_connections"):
+            await other_db.create_session()
+    await call(build_in("asgi", other, succeeds))
+
+
 async def test_cancelled_request_is_rolled_back_and_the_test_goes_on(
     ctxalchemy: ModuleType, schema: Schema, db: Any
 ) -> None:

@@ -13,7 +13,7 @@ from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 
 from ._engine import LoopEngine, check_engine
-from ._errors import see, shared_on_another_loop
+from ._errors import not_shared, see, shared_on_another_loop
 from ._held import check_seconds, warn_held_connections
 from ._host_engines import HostEngines, close, dispose
 from ._settings import check_names
@@ -111,8 +111,6 @@ class DBConnect:
         self.read_only_engine_creator = read_only_engine_creator
         self._engines = HostEngines(self._build, host)
         self._read_only_engines = HostEngines(self._build_read_only, read_only_host, default=self._engines)
-        # During a test that shares its connection: the connection, by its event loop.
-        self._shared: dict[asyncio.AbstractEventLoop, SharedConnection] = {}
 
     @classmethod
     def from_url(
@@ -288,7 +286,7 @@ class DBConnect:
         if self.before_create_session_handler is not None:
             await self.before_create_session_handler(self)
         maker = self._engines.get().session_maker
-        return shared_maker(self, maker) if self._shared else maker
+        return shared_maker(self, maker) if _shared else maker
 
     def engine(self) -> AsyncEngine:
         """Return the engine for the current host and event loop, for example for events and metrics.
@@ -367,7 +365,7 @@ def new_session(connect: DBConnect, read_only: bool = False) -> AsyncSession:
     """Create a session without calling the ``before_create_session_handler``."""
     engines = connect._read_only_engines if read_only else connect._engines
     maker = engines.get().session_maker
-    if connect._shared:
+    if _shared:
         return shared_maker(connect, maker, read_only)()
     if type(maker) is async_sessionmaker:
         # This is what calling the maker does, without the copy that the maker makes of its options.
@@ -375,32 +373,67 @@ def new_session(connect: DBConnect, read_only: bool = False) -> AsyncSession:
     return maker()
 
 
+# --- the connections of a test -------------------------------------------------------------------------
+
+_shared: dict[tuple[asyncio.AbstractEventLoop, DBConnect], SharedConnection] = {}
+"""The connections that a test shares, by its event loop and by the database.  In production, this is empty."""
+
+_real: list[DBConnect] = []
+"""The databases to which such a test may commit for real."""
+
+
 @contextmanager
 def share_connection(connect: DBConnect, shared: SharedConnection) -> Iterator[None]:
     """Let all new sessions of the database use the connection of a test during the block, whatever creates them."""
-    outer = connect._shared.get(shared.loop)
-    connect._shared[shared.loop] = shared
+    key = (shared.loop, connect)
+    outer = _shared.get(key)
+    _shared[key] = shared
     try:
         yield
     finally:
-        if outer is None:
-            del connect._shared[shared.loop]
-        else:
-            connect._shared[shared.loop] = outer
+        del _shared[key]
+        if outer is not None:
+            _shared[key] = outer
+
+
+@contextmanager
+def allow_real_commits(connection: DBConnect) -> Iterator[None]:
+    """Let a database be used as in production during the block, although a test shares its connections to others.
+
+    Without it, a new session of a database whose connection the test does not share raises a ``RuntimeError``, because
+    its work would be committed for real.  ``rollback_session`` needs no permission.
+
+    Args:
+        connection: the database.
+
+    Example:
+        >>> @pytest.fixture
+        ... def use_real_audit_db():
+        ...     with allow_real_commits(audit_db):
+        ...         yield
+    """
+    _real.append(connection)
+    try:
+        yield
+    finally:
+        _real.remove(connection)
 
 
 def shared_connection(connect: DBConnect) -> SharedConnection | None:
     """Return the connection that a test shares for this database.
 
     Raises:
-        RuntimeError: the test runs on another event loop.
+        RuntimeError: the test runs on another event loop, or it shares its connections to other databases only.
     """
-    if not connect._shared:
-        return None
-    shared = connect._shared.get(asyncio.get_running_loop())
-    if shared is None:
+    loop = asyncio.get_running_loop()
+    if (shared := _shared.get((loop, connect))) is not None:
+        return shared
+    keys = list(_shared)
+    if any(database is connect for _, database in keys):
         raise shared_on_another_loop()
-    return shared
+    if connect not in _real and any(each is loop for each, _ in keys):
+        raise not_shared(connect)
+    return None
 
 
 def shared_maker(

@@ -72,6 +72,16 @@ def shared_on_another_loop() -> RuntimeError:
     )
 
 
+def not_shared(database: object) -> RuntimeError:
+    """Return the error for creating a session that would commit for real, in a test that shares other connections."""
+    return RuntimeError(
+        f"this test shares its connections to other databases, and not to {database!r}: what a new session of this "
+        "database writes would be committed for real; add the database to the fixture db_connections (or call "
+        "put_savepoint_session_in_ctx for it), or use ctxalchemy.testing.allow_real_commits if this is intended"
+        + see("guides/testing.md#test-with-several-databases")
+    )
+
+
 def context_already_open() -> ContextAlreadyInitiatedError:
     """Return the error for opening a context while another one is open."""
     return ContextAlreadyInitiatedError(

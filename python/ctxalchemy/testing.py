@@ -11,19 +11,24 @@ from . import _complete
 from ._api import (
     expect_context,
     get_db_session_from_context,
-    new_non_ctx_session,
     pop_db_session_from_context,
     put_db_session_to_context,
 )
 from ._backend import current_context, init_db_session_ctx
 from ._context import reset_db_session_ctx
-from ._db_connect import DBConnect, share_connection
+from ._db_connect import DBConnect, allow_real_commits, share_connection
 from ._errors import see
 from ._loan import lineage
 from ._sqlalchemy.session import closing
 from ._sqlalchemy.shared import SharedConnection, SharedTransactionWarning, begin_test, end_test, shared_session_of
 
-__all__ = ["SharedTransactionWarning", "put_savepoint_session_in_ctx", "rollback_session", "set_test_context"]
+__all__ = [
+    "SharedTransactionWarning",
+    "allow_real_commits",
+    "put_savepoint_session_in_ctx",
+    "rollback_session",
+    "set_test_context",
+]
 
 
 @asynccontextmanager
@@ -41,8 +46,11 @@ async def rollback_session(connection: DBConnect) -> AsyncIterator[AsyncSession]
         ...     session.add(User(name="Ada"))
         ...     await session.flush()
     """
+    # This session may be created while the connections to other databases are shared already.
+    with allow_real_commits(connection):
+        session = await connection.create_session()
     # Closing the session rolls back its open transaction.
-    async with new_non_ctx_session(connection) as session:
+    async with closing(session):
         yield session
 
 
@@ -86,8 +94,9 @@ async def put_savepoint_session_in_ctx(connection: DBConnect, session: AsyncSess
 
     The middleware completes the new session for each request, as it completes sessions of its own.  During the block,
     all other new sessions of the database use the same connection, one after another: in ``new_ctx``,
-    ``run_in_new_ctx`` and ``in_new_ctx``, and outside any context.  Other event loops get a ``RuntimeError``.
-    ``SharedTransactionWarning`` is issued if the transaction of the outer session was ended during the block.
+    ``run_in_new_ctx`` and ``in_new_ctx``, and outside any context.  Other event loops get a ``RuntimeError``, and so do
+    new sessions of other databases: see ``allow_real_commits``.  ``SharedTransactionWarning`` is issued if the
+    transaction of the outer session was ended during the block.
 
     Args:
         connection: the database.
