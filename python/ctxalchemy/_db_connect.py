@@ -375,8 +375,8 @@ def new_session(connect: DBConnect, read_only: bool = False) -> AsyncSession:
 
 # --- the connections of a test -------------------------------------------------------------------------
 
-_shared: dict[tuple[asyncio.AbstractEventLoop, DBConnect], SharedConnection] = {}
-"""The connections that a test shares, by its event loop and by the database.  In production, this is empty."""
+_shared: dict[tuple[asyncio.AbstractEventLoop, int], SharedConnection] = {}
+"""The connections that a test shares, by its event loop and the id of the database.  In production, this is empty."""
 
 _real: list[DBConnect] = []
 """The databases to which such a test may commit for real."""
@@ -385,7 +385,7 @@ _real: list[DBConnect] = []
 @contextmanager
 def share_connection(connect: DBConnect, shared: SharedConnection) -> Iterator[None]:
     """Let all new sessions of the database use the connection of a test during the block, whatever creates them."""
-    key = (shared.loop, connect)
+    key = (shared.loop, id(connect))
     outer = _shared.get(key)
     _shared[key] = shared
     try:
@@ -426,10 +426,10 @@ def shared_connection(connect: DBConnect) -> SharedConnection | None:
         RuntimeError: the test runs on another event loop, or it shares its connections to other databases only.
     """
     loop = asyncio.get_running_loop()
-    if (shared := _shared.get((loop, connect))) is not None:
+    if (shared := _shared.get((loop, id(connect)))) is not None:
         return shared
     keys = list(_shared)
-    if any(database is connect for _, database in keys):
+    if any(database == id(connect) for _, database in keys):
         raise shared_on_another_loop()
     if connect not in _real and any(each is loop for each, _ in keys):
         raise not_shared(connect)

@@ -80,8 +80,8 @@ def on_rollback(connect: DBConnect, callback: Callable[[], object]) -> None:
     ``on_rollback`` is called is rolled back, the function is called at the end of the transaction around it, whether
     that transaction is committed or rolled back.
 
-    If the application itself rolls back (``session.rollback()``, or an exception that leaves a block of SQLAlchemy), the
-    exception of the function is raised when the context is completed.
+    If the application itself rolls back (``session.rollback()``, or an exception that leaves a block of SQLAlchemy),
+    the exception of the function is raised when the context is completed.
 
     Args:
         connect: the database.
