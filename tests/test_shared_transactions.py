@@ -17,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.responses import Response
 from support.apps import Answer, Kind, Transport, bare_app, build, call, client_of, starlette_app
+from support.faults import over_psycopg
 from support.schema import TABLES, Schema, add_note, break_commit
 from support.sessions import Note, SessionDouble
 
@@ -281,6 +282,17 @@ async def test_request_has_the_same_status_and_rows_in_a_test_as_in_production(
     async with schema.db(ctxalchemy, pool_size=5) as db:
         seen = await in_a_test(World(ctxalchemy, db), schema, style, endpoint)
         expected = await in_production(World(ctxalchemy, db), schema, style, endpoint)
+    assert seen == expected
+
+
+@pytest.mark.parametrize("endpoint", FAULTS + AFTER_THE_RESPONSE)
+async def test_request_over_psycopg_has_the_same_status_and_rows_in_a_test_as_in_production(
+    ctxalchemy: ModuleType, schema: Schema, endpoint: Any
+) -> None:
+    schema = over_psycopg(schema)
+    async with schema.db(ctxalchemy, pool_size=5) as db:
+        seen = await in_a_test(World(ctxalchemy, db), schema, "starlette", endpoint)
+        expected = await in_production(World(ctxalchemy, db), schema, "starlette", endpoint)
     assert seen == expected
 
 
