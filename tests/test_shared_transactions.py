@@ -309,7 +309,6 @@ async def test_work_of_new_contexts_is_undone_with_the_test(ctxalchemy: ModuleTy
     async def write(name: str) -> None:
         await add_note(await world.session(), name)
 
-    @ctxalchemy.in_new_ctx(attempts=2)
     async def job() -> None:
         session = await world.session()
         # The transaction of the test has begun already.
@@ -318,7 +317,8 @@ async def test_work_of_new_contexts_is_undone_with_the_test(ctxalchemy: ModuleTy
 
     async with shared(world) as session:
         await add_note(session, "by the test")
-        await asyncio.gather(job(), *(ctxalchemy.run_in_new_ctx(write, str(number)) for number in range(3)))
+        job_in_new_ctx = ctxalchemy.in_new_ctx(attempts=2)(job)
+        await asyncio.gather(job_in_new_ctx(), *(ctxalchemy.run_in_new_ctx(write, str(number)) for number in range(3)))
         async with ctxalchemy.new_ctx():
             await write("in a block")
             await ctxalchemy.run_in_new_ctx(write, "in a nested context")
@@ -528,9 +528,9 @@ async def test_a_database_with_a_shared_connection_is_refused_on_another_event_l
 
     # With the context of the test, as starlette's TestClient does it, and without.
     async with shared(world) as session:
-        for run in (asyncio.run, lambda coroutine: contextvars.Context().run(asyncio.run, coroutine)):
+        for context in (contextvars.copy_context(), contextvars.Context()):
             with pytest.raises(RuntimeError, match=r"httpx\.ASGITransport"):
-                await asyncio.to_thread(run, call(app))
+                await asyncio.to_thread(context.run, asyncio.run, call(app))
         assert await notes(session) == []
     assert await schema.notes() == []
 

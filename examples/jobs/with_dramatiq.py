@@ -21,7 +21,7 @@ from .api import create_app
 class CloseDatabase(Middleware):
     """Closes the connections of the worker's event loop before ``AsyncIO`` stops this event loop."""
 
-    def after_worker_shutdown(self, _broker: Any, _worker: Any) -> None:
+    def after_worker_shutdown(self, broker: Any, worker: Any) -> None:
         async_to_sync(orders.stop)()
 
 

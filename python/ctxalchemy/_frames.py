@@ -46,7 +46,9 @@ def awaited_line(task: asyncio.Task[Any]) -> str:
 
 def current_line() -> str:
     """Return the innermost line of the application that is being executed, outside of SQLAlchemy's greenlet too."""
-    frame, current = currentframe(), getcurrent()
+    frame = currentframe()
+    # Any: a greenlet without a parent is the outermost one.
+    current: Any = getcurrent()
     while frame is not None or current.parent is not None:
         if frame is None:
             current = current.parent
