@@ -31,6 +31,8 @@ NO_DATABASE = "no database"
 DEPENDS = "hand-written sessions with Depends"
 PEER_FASTAPI = f"{PEER} (FastAPI helper)"
 
+PEER_PACKAGE = "context_async_sqlalchemy"
+
 # The value of CTXALCHEMY_BACKEND for each of our libraries.
 BACKEND_OF = {NATIVE: "native", PURE_PYTHON: "python"}
 
@@ -40,7 +42,7 @@ def contextual() -> dict[str, ModuleType]:
     """Return the installed libraries that have the interface of ctxalchemy, by name."""
     found = {name: package for name in (PURE_PYTHON, NATIVE) if (package := _load(BACKEND_OF[name]))}
     try:
-        found[PEER] = importlib.import_module("context_async_sqlalchemy")
+        found[PEER] = importlib.import_module(PEER_PACKAGE)
     except ModuleNotFoundError:
         warn(f"{PEER} is not installed: ctxalchemy is not compared with it")
     return found
@@ -52,8 +54,16 @@ def backends() -> list[str]:
 
 
 def create_database(package: ModuleType, url: str, **options: Any) -> Any:
-    """Return a database (``DBConnect``) of this library; it is configured alike for all libraries."""
-    return package.DBConnect(lambda _host: create_engine(url, **options), create_session_maker, "localhost")
+    """Return a database (``DBConnect``) of this library; it is configured alike for all libraries.
+
+    The engine of the read-only contexts, which only ctxalchemy has, is configured like the other one.
+    """
+
+    def create(_host: str) -> AsyncEngine:
+        return create_engine(url, **options)
+
+    read_only = {} if package.__name__ == PEER_PACKAGE else {"read_only_engine_creator": create}
+    return package.DBConnect(create, create_session_maker, "localhost", **read_only)
 
 
 def create_engine(url: str, **options: Any) -> AsyncEngine:

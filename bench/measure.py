@@ -67,6 +67,13 @@ def garbage_collector_disabled() -> Iterator[None]:
 _orders = random.Random(0)
 
 
+def shuffled(items: Mapping[K, T]) -> dict[K, T]:
+    """Return the same items in a random order."""
+    order = list(items.items())
+    _orders.shuffle(order)
+    return dict(order)
+
+
 def measure_interleaved(measures: Mapping[K, Callable[[], T]], rounds: int) -> dict[K, list[T]]:
     """Measure each once per round, in a random order: other work on the machine then affects all of them alike."""
     samples: dict[K, list[T]] = {name: [] for name in measures}

@@ -13,17 +13,27 @@ from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from statistics import median
+from statistics import median, quantiles
 from time import perf_counter_ns, process_time_ns
 from types import ModuleType
 from typing import Any
 
-from sqlalchemy import text
+from sqlalchemy import insert, text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from . import libraries
-from .libraries import ADVANCED, BARE, FASTAPI_ASYNC, HAND_WRITTEN, PEER, PEER_STARLETTE
-from .measure import garbage_collector_disabled, interpreter, measure_interleaved, pin, repetitions, save, warn
+from .libraries import ADVANCED, BACKEND_OF, BARE, FASTAPI_ASYNC, HAND_WRITTEN, PEER, PEER_STARLETTE
+from .measure import (
+    garbage_collector_disabled,
+    interpreter,
+    measure_interleaved,
+    pin,
+    repetitions,
+    save,
+    shuffled,
+    warn,
+)
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -33,9 +43,16 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 NO_SESSION = "no session"
 UNUSED = "session unused"
+READ_ONLY_SELECT = "read-only, one select"
+READ_ONLY_ROW = "read-only, ORM row by key"
 SELECT = "one select"
+ROW = "ORM row by key"
+INSERT = "insert of an ORM object"
 THREE = "three sessions, one select each"
 STREAM = "one select, then a stream of 20 chunks"
+
+# The requests that use one session for one statement.
+ONE_STATEMENT = (READ_ONLY_SELECT, READ_ONLY_ROW, SELECT, ROW, INSERT)
 
 QUERY = text("SELECT 1")
 START: Message = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/plain")]}
@@ -52,6 +69,52 @@ class Cost:
 
     cpu: float
     wall: float
+
+
+class Base(DeclarativeBase):
+    """The base of the mapped class."""
+
+
+class Note(Base):
+    """A row of the table that the requests read and write."""
+
+    __tablename__ = "bench_notes"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    text: Mapped[str]
+
+
+async def create_table(url: str) -> None:
+    """Create the table of this database with one row."""
+    engine = libraries.create_engine(url)
+    async with engine.begin() as connection:
+        await connection.run_sync(Base.metadata.drop_all)
+        await connection.run_sync(Base.metadata.create_all)
+        await connection.execute(insert(Note), {"text": "read me"})
+    await engine.dispose()
+
+
+async def execute_select(session: AsyncSession) -> None:
+    """Execute one select without the ORM."""
+    await session.execute(QUERY)
+
+
+async def get_row(session: AsyncSession) -> None:
+    """Load a row by its key with the ORM."""
+    await session.get(Note, 1)
+
+
+async def insert_row(session: AsyncSession) -> None:
+    """Add an object, which is inserted when the session is flushed, at the commit."""
+    session.add(Note(text="written"))
+
+
+STATEMENTS: dict[str, Callable[[AsyncSession], Awaitable[None]]] = {
+    READ_ONLY_SELECT: execute_select,
+    READ_ONLY_ROW: get_row,
+    SELECT: execute_select,
+    ROW: get_row,
+    INSERT: insert_row,
+}
 
 
 async def respond(send: Send) -> None:
@@ -73,9 +136,8 @@ def application(work: str, sessions: Sessions) -> App:
         await get(key)
         await respond(send)
 
-    async def select(_scope: Scope, _receive: Receive, send: Send) -> None:
-        session = await get(key)
-        await session.execute(QUERY)
+    async def one_statement(_scope: Scope, _receive: Receive, send: Send) -> None:
+        await STATEMENTS[work](await get(key))
         await respond(send)
 
     async def three(_scope: Scope, _receive: Receive, send: Send) -> None:
@@ -92,7 +154,7 @@ def application(work: str, sessions: Sessions) -> App:
             await send(CHUNK)
         await send(END)
 
-    return {NO_SESSION: no_session, UNUSED: unused, SELECT: select, THREE: three, STREAM: stream}[work]
+    return {NO_SESSION: no_session, UNUSED: unused, THREE: three, STREAM: stream}.get(work, one_statement)
 
 
 def hand_written(work: str, makers: list[async_sessionmaker[AsyncSession]]) -> App:
@@ -104,9 +166,9 @@ def hand_written(work: str, makers: list[async_sessionmaker[AsyncSession]]) -> A
             pass
         await respond(send)
 
-    async def select(_scope: Scope, _receive: Receive, send: Send) -> None:
+    async def one_statement(_scope: Scope, _receive: Receive, send: Send) -> None:
         async with maker() as session, session.begin():
-            await session.execute(QUERY)
+            await STATEMENTS[work](session)
         await respond(send)
 
     async def three(_scope: Scope, _receive: Receive, send: Send) -> None:
@@ -125,26 +187,39 @@ def hand_written(work: str, makers: list[async_sessionmaker[AsyncSession]]) -> A
             await send(CHUNK)
         await send(END)
 
-    return {NO_SESSION: no_session, UNUSED: unused, SELECT: select, THREE: three, STREAM: stream}[work]
+    return {NO_SESSION: no_session, UNUSED: unused, THREE: three, STREAM: stream}.get(work, one_statement)
 
 
 class Competitors:
-    """The applications under each middleware; each has its own engines for the database of this URL."""
+    """The applications under each middleware; each has its own engines for the database of this URL.
+
+    A read-only request has a read-only context under the middleware of ctxalchemy.  The others do the same work in an
+    ordinary session.
+    """
 
     def __init__(self, url: str) -> None:
         self._url = url
         self._engines: list[AsyncEngine] = []
         self._databases: list[Any] = []
 
-    def all(self, work: str) -> dict[str, App]:
-        """Return the applications that do this work, by library; libraries that cannot do it are left out."""
+    def own(self, work: str) -> dict[str, App]:
+        """Return the hand-written application and those of ctxalchemy that do this work, by library."""
         found: dict[str, App] = {BARE: no_session} if work in (NO_SESSION, UNUSED) else {}
         if work != NO_SESSION:
             found[HAND_WRITTEN] = hand_written(work, self._three_makers())
+        options = {"read_only_if": _always} if work in (READ_ONLY_SELECT, READ_ONLY_ROW) else {}
         for library, package in libraries.contextual().items():
-            found[library] = package.ASGIHTTPDBSessionMiddleware(application(work, self._sessions(package)))
-            if library == PEER:
-                found[PEER_STARLETTE] = _base_http_middleware(application(work, self._sessions(package)))
+            if library in BACKEND_OF:
+                app = application(work, self._sessions(package))
+                found[library] = package.ASGIHTTPDBSessionMiddleware(app, **options)
+        return found
+
+    def all(self, work: str) -> dict[str, App]:
+        """Return the applications that do this work, by library; libraries that cannot do it are left out."""
+        found = self.own(work)
+        if package := libraries.contextual().get(PEER):
+            found[PEER] = package.ASGIHTTPDBSessionMiddleware(application(work, self._sessions(package)))
+            found[PEER_STARLETTE] = _base_http_middleware(application(work, self._sessions(package)))
         if work != THREE:
             found |= self._fastapi_async(work) | self._advanced(work)
         return found
@@ -214,6 +289,10 @@ class Competitors:
         return {ADVANCED: served}
 
 
+def _always(_scope: Scope) -> bool:
+    return True
+
+
 def _base_http_middleware(app: App) -> App:
     from context_async_sqlalchemy.starlette_utils import StarletteHTTPDBSessionMiddleware
 
@@ -278,27 +357,29 @@ def databases() -> dict[str, str]:
     return found
 
 
-def workloads() -> list[tuple[str, str, str]]:
+def workloads(urls: dict[str, str]) -> list[tuple[str, str, str]]:
     """Return the workloads: the name of the row, the work, and the URL of the database."""
-    urls = databases()
     last = list(urls)[-1]
-    plain = [(work, work, urls["SQLite"]) for work in (NO_SESSION, UNUSED)]
-    selects = [(f"{SELECT}, {name}", SELECT, url) for name, url in urls.items()]
-    return [*plain, *selects, *((f"{work}, {last}", work, urls[last]) for work in (THREE, STREAM))]
+    rows = [(work, work, urls["SQLite"]) for work in (NO_SESSION, UNUSED)]
+    if last != "SQLite":
+        rows.append((f"{SELECT}, SQLite", SELECT, urls["SQLite"]))
+    return rows + [(f"{work}, {last}", work, urls[last]) for work in (*ONE_STATEMENT, THREE, STREAM)]
 
 
 def run(quick: bool = False) -> None:
-    """Measure all workloads, and save the median nanoseconds per request over all rounds."""
+    """Measure all workloads, and save the nanoseconds per request: medians over all rounds, and quartiles."""
     pin(0)
-    figures: dict[str, dict[str, dict[str, float]]] = {}
+    figures: dict[str, dict[str, dict[str, Any]]] = {}
+    urls = databases()
     with asyncio.Runner() as runner:
-        for row, work, url in workloads():
+        runner.run(create_table(list(urls.values())[-1]))
+        for row, work, url in workloads(urls):
             figures[row] = _measure(runner, url, work, quick)
             _print(row, figures[row])
     save("request", figures, libraries.backends())
 
 
-def _measure(runner: asyncio.Runner, url: str, work: str, quick: bool) -> dict[str, dict[str, float]]:
+def _measure(runner: asyncio.Runner, url: str, work: str, quick: bool) -> dict[str, dict[str, Any]]:
     slow = work not in (NO_SESSION, UNUSED)
     # Each repeat opens new connections: PostgreSQL serves each connection with a process of its own, and one process
     # may run on a better core than another for as long as the connection exists.
@@ -308,15 +389,18 @@ def _measure(runner: asyncio.Runner, url: str, work: str, quick: bool) -> dict[s
     for _ in range(repeats):
         for name, costs in _measure_once(runner, url, work, rounds).items():
             samples.setdefault(name, []).extend(costs)
-    return {
-        name: {"cpu": median(cost.cpu for cost in costs), "wall": median(cost.wall for cost in costs)}
-        for name, costs in samples.items()
-    }
+    return {name: _summary(costs) for name, costs in samples.items()}
+
+
+def _summary(costs: list[Cost]) -> dict[str, Any]:
+    first, middle, third = quantiles((cost.cpu for cost in costs), n=4)
+    return {"cpu": middle, "wall": median(cost.wall for cost in costs), "cpu_quartiles": [first, third]}
 
 
 def _measure_once(runner: asyncio.Runner, url: str, work: str, rounds: int) -> dict[str, list[Cost]]:
     context = competitors(url, work)
-    apps = runner.run(context.__aenter__())
+    # The order in which the connections are opened is shuffled, too.
+    apps = shuffled(runner.run(context.__aenter__()))
 
     def served(app: App, count: int) -> Cost:
         return runner.run(serve(app, count))
@@ -333,7 +417,10 @@ def _measure_once(runner: asyncio.Runner, url: str, work: str, rounds: int) -> d
         runner.run(context.__aexit__(None, None, None))
 
 
-def _print(row: str, costs: dict[str, dict[str, float]]) -> None:
-    print(f"\nrequest, {interpreter()}, {row}: microseconds of CPU (of wall time)")
+def _print(row: str, costs: dict[str, dict[str, Any]]) -> None:
+    print(f"\nrequest, {interpreter()}, {row}: microseconds of CPU [quartiles] (of wall time)")
     for name, cost in sorted(costs.items(), key=lambda entry: entry[1]["cpu"]):
-        print(f"  {name}: {cost['cpu'] / 1e3:,.1f} ({cost['wall'] / 1e3:,.1f})")
+        first, third = cost["cpu_quartiles"]
+        print(
+            f"  {name}: {cost['cpu'] / 1e3:,.1f} [{first / 1e3:,.1f}, {third / 1e3:,.1f}] ({cost['wall'] / 1e3:,.1f})"
+        )
