@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from . import http_load, instructions, libraries, micro, report, request, scaling
+from . import http_load, instructions, latency, libraries, micro, report, request, scaling
 from .measure import RESULTS, environment, interpreter
 
 
@@ -36,6 +36,7 @@ def pytest_benchmark(quick: bool = False) -> None:
 PARTS: dict[str, Callable[[bool], None]] = {
     "micro": micro.run,
     "request": request.run,
+    "latency": latency.run,
     "http": http_load.run,
     "instructions": instructions.run,
     "scaling": scaling.run,
