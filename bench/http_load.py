@@ -26,15 +26,17 @@ from .libraries import (
     DEPENDS,
     FASTAPI_ASYNC,
     HAND_WRITTEN,
-    NATIVE,
+    NATIVE_READ_ONLY,
     NO_DATABASE,
     PEER,
     PEER_FASTAPI,
-    PURE_PYTHON,
+    PURE_PYTHON_READ_ONLY,
 )
 from .measure import interpreter, measure_interleaved, pin, save, warn
 
 CONNECTIONS = 16
+# The backend that each of our ways uses.
+BACKENDS = BACKEND_OF | {NATIVE_READ_ONLY: "native", PURE_PYTHON_READ_ONLY: "python"}
 SUMMARY = Path(__file__).with_name("http_load.lua")
 
 
@@ -64,7 +66,7 @@ class Burst:
 def ways() -> list[str]:
     """Return the ways to serve whose libraries are installed."""
     found = [NO_DATABASE, HAND_WRITTEN, DEPENDS]
-    found += [name for name in (NATIVE, PURE_PYTHON) if name in libraries.contextual()]
+    found += [way for way, backend in BACKENDS.items() if backend in libraries.backends()]
     if util.find_spec("context_async_sqlalchemy"):
         found += [PEER_FASTAPI, PEER]
     if util.find_spec("advanced_alchemy"):
@@ -77,7 +79,7 @@ def ways() -> list[str]:
 @contextmanager
 def served(way: str) -> Iterator[Server]:
     """Run a server process for the block."""
-    variables = os.environ | ({"CTXALCHEMY_BACKEND": BACKEND_OF[way]} if way in BACKEND_OF else {})
+    variables = os.environ | ({"CTXALCHEMY_BACKEND": BACKENDS[way]} if way in BACKENDS else {})
     command = [sys.executable, "-m", "bench.http_server", way]
     with subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, text=True) as process:
         try:

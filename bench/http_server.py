@@ -21,10 +21,12 @@ from .libraries import (
     FASTAPI_ASYNC,
     HAND_WRITTEN,
     NATIVE,
+    NATIVE_READ_ONLY,
     NO_DATABASE,
     PEER,
     PEER_FASTAPI,
     PURE_PYTHON,
+    PURE_PYTHON_READ_ONLY,
 )
 from .measure import pin
 
@@ -62,15 +64,15 @@ def depends(app: FastAPI) -> None:
     _add_route(app, get_session)
 
 
-def contextual(app: FastAPI, package_name: str, *, helper: bool = False) -> None:
-    """Use the session of the context: ctxalchemy or context-async-sqlalchemy."""
+def contextual(app: FastAPI, package_name: str, *, helper: bool = False, **options: Any) -> None:
+    """Use the session of the context: ctxalchemy or context-async-sqlalchemy; the options go to the middleware."""
     package = importlib.import_module(package_name)
     db = libraries.create_database(package, _url(), **POOL)
     db_session = package.db_session
     if helper:
         importlib.import_module(f"{package_name}.fastapi_utils").add_fastapi_http_db_session_middleware(app)
     else:
-        app.add_middleware(package.ASGIHTTPDBSessionMiddleware)
+        app.add_middleware(package.ASGIHTTPDBSessionMiddleware, **options)
 
     @app.get("/")
     async def index() -> dict[str, Any]:
@@ -112,6 +114,8 @@ WAYS: dict[str, Callable[[FastAPI], None]] = {
     FASTAPI_ASYNC: fastapi_async,
     NATIVE: lambda app: contextual(app, "ctxalchemy"),
     PURE_PYTHON: lambda app: contextual(app, "ctxalchemy"),
+    NATIVE_READ_ONLY: lambda app: contextual(app, "ctxalchemy", read_only_if=_always),
+    PURE_PYTHON_READ_ONLY: lambda app: contextual(app, "ctxalchemy", read_only_if=_always),
 }
 
 
@@ -121,6 +125,10 @@ def _add_route(app: FastAPI, get_session: Callable[..., Any]) -> None:
 
     index.__annotations__["session"] = Annotated[AsyncSession, Depends(get_session)]
     app.get("/")(index)
+
+
+def _always(_scope: Any) -> bool:
+    return True
 
 
 def _session_maker() -> async_sessionmaker[AsyncSession]:

@@ -30,6 +30,8 @@ BARE = "bare application"
 NO_DATABASE = "no database"
 DEPENDS = "hand-written sessions with Depends"
 PEER_FASTAPI = f"{PEER} (FastAPI helper)"
+NATIVE_READ_ONLY = f"{NATIVE}, read-only"
+PURE_PYTHON_READ_ONLY = f"{PURE_PYTHON}, read-only"
 
 PEER_PACKAGE = "context_async_sqlalchemy"
 
