@@ -115,7 +115,7 @@ soak:  ## Inject random faults for MINUTES=10 on each backend. ARGS="--seed 7" r
 	@$(POSTGRES) $(PGBOUNCER) $(VENV_PYTHON) tests/soak.py --backend native --minutes $(MINUTES) $(ARGS)
 	@$(POSTGRES) $(PGBOUNCER) $(VENV_PYTHON) tests/soak.py --backend python --minutes $(MINUTES) $(ARGS)
 
-bench:  ## Run the benchmarks and write bench/REPORT.md. ARGS="--quick micro" runs a part of them.
+bench:  ## Run the benchmarks and write bench/REPORT.md and bench/TARGETS.md. ARGS="--quick micro" runs a part of them.
 	@$(SET_UP) --need-native bench
 	@$(POSTGRES) $(VENV_PYTHON) -m bench $(ARGS)
 

@@ -1,48 +1,65 @@
-"""Write ``REPORT.md``, its charts and the table of the README from the files in ``results/``."""
+"""Write the report, the targets, the charts, and the short table of the README and the documentation.
+
+Everything is written from the files in ``results/``.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping
-from html import escape
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .libraries import (
-    ADVANCED,
-    BACKEND_OF,
-    BARE,
-    HAND_WRITTEN,
-    NATIVE,
-    PEER,
-    PEER_FASTAPI,
-    PURE_PYTHON,
+from . import summary, targets
+from .figures import (
+    OURS,
+    Parts,
+    Row,
+    Rows,
+    above_bare,
+    all_costs,
+    figures,
+    http_cpu,
+    is_baseline,
+    request_cpu,
+    request_instructions,
+    results,
 )
+from .libraries import BACKEND_OF, NATIVE, PURE_PYTHON
+from .markup import chart, markdown, table
 from .measure import RESULTS
-from .micro import AWAITED, BYTES, CONTEXT, FLOOR_AWAIT, FLOOR_CONTEXT, FLOOR_DICT, NOWAIT
-from .request import NO_SESSION, SELECT, UNUSED
-from .scaling import FLOOR_COROUTINE, OWN_DATABASE
+from .micro import AWAITED
+from .request import NO_SESSION, ONE_STATEMENT
 
-REPORT = Path(__file__).with_name("REPORT.md")
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+REPORT = ROOT / "bench" / "REPORT.md"
+TARGETS = ROOT / "bench" / "TARGETS.md"
+# The documentation includes these two files.
+SUMMARY = ROOT / "bench" / "SUMMARY.md"
+CHART = ROOT / "docs" / "assets" / "requests.svg"
+README = ROOT / "README.md"
 README_BLOCK = ("<!-- Written by `make bench`: -->\n", "<!-- until here. -->\n")
-
-Row = Mapping[str, float]
-Rows = Mapping[str, Row]
-Figures = dict[str, dict[str, Any]]
-Targets = Iterator[tuple[str, str, str, bool]]
 
 INTRODUCTION = """\
 # Benchmarks
 
-`make bench` writes this file. All competitors in a table were measured in one run, interleaved in random order: the
-ratios hold even if other work was running on the machine. The absolute figures hold for this machine only. The lowest
-cost in each row is **bold**; floors and the bare application do not compete.
+`make bench` writes this file.
+
+![{title}](../docs/assets/requests.svg)
+
+{summary}
+## How to read the details
+
+All competitors in a table were measured in one run, interleaved in random order: the ratios hold even if other work was
+running on the machine, but the spread is then larger. The absolute figures hold for this machine only. The lowest cost
+in each row is **bold**; floors and the bare application do not compete.
 
 - A **hit** is a call of `db_session` or `db_session_nowait` for a session that exists already in the context.
 - A **floor** is the minimum cost that the interpreter itself imposes on an operation.
 - **ctxalchemy native** is the backend written in Rust; **ctxalchemy pure Python** is the pure-Python implementation.
 - **hand-written sessions** are `async with maker() as session, session.begin()`, without a library.
+
+`TARGETS.md` has the targets that the developers set themselves.
+
 """
 
 MICRO = """\
@@ -55,7 +72,19 @@ which closes nothing either. "open + close + reset context" closes an empty cont
 
 REQUEST = """\
 Microseconds of CPU time per request, in one process without a server: a bare ASGI function under the middleware.
-The figures are medians. Wall times are in `results/`.
+The figures are medians, with the first and the third quartile in brackets. Each sitting opens new connections. A
+read-only request has a read-only context under ctxalchemy, and an ordinary session elsewhere. Wall times are in
+`results/`.
+"""
+
+INSTRUCTIONS = """\
+Thousands of executed instructions per request, in one process without a server, counted under valgrind.
+"""
+
+LATENCY = """\
+Milliseconds of wall time per request, with a proxy between the application and PostgreSQL that passes all data on half
+a millisecond later in both directions. The figures are medians, with the first and the third quartile in brackets and
+the number of round trips.
 """
 
 HTTP = """\
@@ -68,307 +97,163 @@ Each line names a row, the alternative that is faster in that row, and the alter
 of ctxalchemy.
 """
 
-INSTRUCTIONS = """\
-Executed instructions under callgrind, divided by the instructions of a reference loop in the same run. The reference
-loop awaits an `async def` that reads a dict from a ContextVar. `make bench-gate` fails if a ratio is more than 3% above
-the committed ratio.
+GATE = """\
+Executed instructions divided by the instructions of a reference in the same run. For requests with SQL, the reference
+is the hand-written request with the same SQL, and `make bench-gate` fails if the ratio is more than 1% above the
+committed ratio. For the others, the reference is a loop that awaits an `async def` that reads a dict from a ContextVar,
+and the ratio may be up to 3% above the committed ratio.
 """
 
 
 def write(quick: bool = False) -> None:
-    """Write the report on all results, and the table of the README; a quick run does not write the README."""
-    runs = _results()
-    sections = [INTRODUCTION, *_sections(runs)]
+    """Write the report and the targets of all results; a quick run does not write the README and the documentation."""
+    runs = results()
+    shown = summary.interpreter_to_show(runs)
+    short = summary.text(shown, runs[shown]) if shown else ""
+    sections = [INTRODUCTION.format(title=summary.TITLE, summary=short), *_sections(runs)]
     REPORT.write_text("\n".join(section.rstrip() + "\n" for section in sections), encoding="utf-8")
-    if runs and not quick:
+    TARGETS.write_text(targets.text(runs), encoding="utf-8")
+    if shown and not quick:
+        SUMMARY.write_text(short, encoding="utf-8")
+        CHART.write_text(summary.svg(runs[shown]), encoding="utf-8")
         before, rest = README.read_text(encoding="utf-8").split(README_BLOCK[0])
         _, after = rest.split(README_BLOCK[1])
-        README.write_text(before + _readme_table(runs).join(README_BLOCK) + after, encoding="utf-8")
-    print(f"\n{REPORT.name} is written from the results of {', '.join(runs) or 'no interpreter'}")
+        README.write_text(before + f"\n{short}\n".join(README_BLOCK) + after, encoding="utf-8")
+    print(f"\n{REPORT.name} and {TARGETS.name} are written from the results of {', '.join(runs) or 'no interpreter'}")
 
 
-def _readme_table(runs: dict[str, Figures]) -> str:
-    """Return the table of the README: a few rows for each interpreter, one column for each competitor."""
-    names = [NATIVE, PURE_PYTHON, PEER, PEER_FASTAPI, ADVANCED, HAND_WRITTEN]
-    lines = []
-    for title, values, digits in README_ROWS:
-        for interpreter, parts in runs.items():
-            row = values(parts)
-            if NATIVE in row:
-                cells = (f"{row[name]:,.{digits}f}" if name in row else "-" for name in names)
-                lines.append([f"{title}, {interpreter}", *cells])
-    return f"\n{_markdown(['', *names], lines)}\n"
-
-
-def _sections(runs: dict[str, Figures]) -> Iterator[str]:
+def _sections(runs: dict[str, Parts]) -> Iterator[str]:
     yield "## Environments\n"
-    for interpreter, parts in runs.items():
-        yield _environment(interpreter, parts)
-    yield "## Targets\n"
-    for interpreter, parts in runs.items():
-        yield _targets_table(interpreter, parts)
+    yield "\n".join(line for interpreter, parts in runs.items() for line in _environments(interpreter, parts))
     yield f"## Rows in which another library or hand-written code is faster\n\n{FASTER_PEERS}"
     for interpreter, parts in runs.items():
         yield _faster_peers(interpreter, parts)
-    if path := _chart(runs, "hit", "await db_session, hit: net nanoseconds", _hit):
-        yield f"## Operations\n\n{path}\n\n{MICRO}"
-    for interpreter, parts in runs.items():
-        if figures := _figures(parts, "micro"):
-            yield f"### {interpreter}\n\n{_table('', figures, 1)}"
+    yield from _tables(runs, f"## Requests in process: instructions\n\n{INSTRUCTIONS}", _instructions_table)
     title = "request without a session: CPU microseconds above the bare application"
-    if path := _chart(runs, "request", title, _above):
-        yield f"## Requests in process\n\n{path}\n\n{REQUEST}"
+    path = _chart(runs, "request", title, lambda parts: _thousandths(above_bare(parts, NO_SESSION)))
+    yield from _tables(runs, f"## Requests in process: CPU time\n\n{path}{REQUEST}", _request_table)
+    yield from _tables(runs, f"## Requests in process: latency over a network\n\n{LATENCY}", _latency_table)
+    path = _chart(runs, "http", "one select over HTTP: CPU microseconds per request", http_cpu)
+    loads = [parts["http"]["environment"]["load"] for parts in runs.values() if "http" in parts]
+    yield from _tables(runs, f"## Over HTTP\n\n{path}{HTTP.format(load=', '.join(set(loads)))}", _http_table)
+    path = _chart(runs, "hit", "await db_session, hit: net nanoseconds", lambda parts: _micro(parts).get(AWAITED, {}))
+    yield from _tables(runs, f"## Operations\n\n{path}{MICRO}", lambda parts: table(_micro(parts), 1))
+    yield from _tables(runs, f"## Instruction gate\n\n{GATE}", _gate_table)
     for interpreter, parts in runs.items():
-        if figures := _figures(parts, "request"):
-            cpu = {row: {name: cost["cpu"] / 1e3 for name, cost in costs.items()} for row, costs in figures.items()}
-            yield f"### {interpreter}\n\n{_table('', cpu, 1)}"
-    if path := _chart(runs, "http", "one select over HTTP: CPU microseconds per request", _http):
-        load = next(parts["http"]["environment"]["load"] for parts in runs.values() if "http" in parts)
-        yield f"## Over HTTP\n\n{path}\n\n{HTTP.format(load=load)}"
-    for interpreter, parts in runs.items():
-        if figures := _figures(parts, "http"):
-            yield f"### {interpreter}\n\n{_http_table(figures)}"
-    if any("instructions" in parts for parts in runs.values()):
-        yield f"## Instructions\n\n{INSTRUCTIONS}"
-    for interpreter, parts in runs.items():
-        if figures := _figures(parts, "instructions"):
-            yield f"### {interpreter}\n\n{_instructions_table(figures['ratios'])}"
-    for interpreter, parts in runs.items():
-        for sharing, rates in _figures(parts, "scaling").items():
+        for sharing, rates in figures(parts, "scaling").items():
             threads = next(iter(rates.values()))
-            table = _markdown(["threads", *threads], [[name, *map(str, each.values())] for name, each in rates.items()])
-            yield f"## Threads, {interpreter}: millions of hits per second, {sharing}\n\n{table}"
+            rows = [[name, *map(str, each.values())] for name, each in rates.items()]
+            title = f"## Threads, {interpreter}: millions of hits per second, {sharing}"
+            yield f"{title}\n\n{markdown(['threads', *threads], rows)}"
 
 
-# --- the targets ---------------------------------------------------------------------------------------
+def _tables(runs: dict[str, Parts], heading: str, table_of: Callable[[Parts], str]) -> Iterator[str]:
+    """Yield a section with a table for each interpreter; nothing if there is no table."""
+    tables = {interpreter: table_of(parts) for interpreter, parts in runs.items()}
+    if any(tables.values()):
+        yield heading
+    for interpreter, text in tables.items():
+        if text:
+            yield f"### {interpreter}\n\n{text}"
 
 
-def _targets_table(interpreter: str, parts: Figures) -> str:
-    targets = _targets(interpreter, parts)
-    rows = [[name, required, measured, "yes" if met else "**no**"] for name, required, measured, met in targets]
-    if not rows:
-        return f"### {interpreter}\n\nNot evaluated: the native backend or {PEER} was not measured.\n"
-    return f"### {interpreter}\n\n{_markdown(['target', 'required', 'measured', 'met'], rows)}"
+def _environments(interpreter: str, parts: Parts) -> Iterator[str]:
+    """Yield a line for each environment in which parts were measured."""
+    found: dict[str, list[str]] = {}
+    for part, content in parts.items():
+        run = content["environment"]
+        packages = ", ".join(f"{name} {version}" for name, version in run["packages"].items())
+        environment = (
+            f"{run['interpreter']}, {run['build']}, GIL {run['gil']}; {run['cpu']}, {run['cores']} cores, "
+            f"{run['system']}; backends: {', '.join(run['backends'])}; {packages}"
+        )
+        found.setdefault(environment, []).append(part)
+    for environment, measured in found.items():
+        yield f"- **{interpreter}** ({', '.join(measured)}): {environment}"
 
 
-def _targets(interpreter: str, parts: Figures) -> Targets:
-    """Yield the targets: name, required value, measured value, and whether the target is met."""
-    free_threaded = interpreter.endswith("t")
-    older = interpreter == "3.11"
-    micro, request, http = (_figures(parts, part) for part in ("micro", "request", "http"))
-
-    def at_least(name: str, theirs: float | None, ours: float | None, required: float) -> Targets:
-        if theirs is not None and ours is not None:
-            yield name, f"{required}x", f"{theirs / ours:.2f}x", theirs / ours >= required
-
-    def at_most(name: str, ours: float | None, theirs: float | None, required: float) -> Targets:
-        if theirs is not None and ours is not None:
-            yield name, f"{required} or less", f"{ours / theirs:.2f}", ours / theirs <= required
-
-    hit, nowait, context = micro.get(AWAITED, {}), micro.get(NOWAIT, {}), micro.get(CONTEXT, {})
-    peer_hit = hit.get(PEER)
-    required_hit = 2.5 if free_threaded else 5.5 if older else 3
-    yield from at_least(f"{AWAITED}, against {PEER}", peer_hit, hit.get(NATIVE), required_hit)
-    if not free_threaded:
-        yield from at_most(f"{AWAITED}, against its floor", hit.get(NATIVE), hit.get(FLOOR_AWAIT), 1.4)
-        yield from at_least(f"{NOWAIT}, against {PEER}", peer_hit, nowait.get(NATIVE), 12 if older else 10)
-        if (ns := nowait.get(NATIVE)) is not None:
-            yield f"{NOWAIT}, net nanoseconds", "12 or less", f"{ns:.1f}", ns <= 12
-        yield from at_least(f"{CONTEXT}, against {PEER}", context.get(PEER), context.get(NATIVE), 2.7 if older else 2)
-        yield from at_most(f"{CONTEXT}, against its floor", context.get(NATIVE), context.get(FLOOR_CONTEXT), 1.15)
-    size = micro.get(BYTES, {})
-    yield from at_most(f"{BYTES}, native, against a dict and its token", size.get(NATIVE), size.get(FLOOR_DICT), 1)
-    yield from at_most(
-        f"{BYTES}, pure Python, against a dict and its token", size.get(PURE_PYTHON), size.get(FLOOR_DICT), 1
-    )
-    for work, required in ((NO_SESSION, 3.5), (UNUSED, 3)):
-        above = _above_bare(request, work)
-        name = f"request, {work}, CPU above the bare application, against {PEER}"
-        yield from at_least(name, above.get(PEER), above.get(NATIVE), required)
-    select = {name: cost["cpu"] for name, cost in request.get(f"{SELECT}, PostgreSQL", {}).items()}
-    name = f"request, {SELECT}, PostgreSQL, CPU, against {HAND_WRITTEN}"
-    yield from at_most(name, select.get(NATIVE), select.get(HAND_WRITTEN), 0.92)
-    cpu = {name: each["cpu_us"] for name, each in http.items()}
-    yield from at_most(f"over HTTP, CPU, against {PEER_FASTAPI}", cpu.get(NATIVE), cpu.get(PEER_FASTAPI), 0.72)
-    yield from at_most(f"over HTTP, CPU, against {ADVANCED}", cpu.get(NATIVE), cpu.get(ADVANCED), 0.65)
-    rates = _figures(parts, "scaling").get(OWN_DATABASE, {})
-    if NATIVE in rates and FLOOR_COROUTINE in rates:
-        floor, native = rates[FLOOR_COROUTINE], rates[NATIVE]
-        name = f"hits per second, {OWN_DATABASE}, 4 threads against 1 (floor: {floor['4'] / floor['1']:.2f}x)"
-        yield from at_least(name, native["4"], native["1"], 3)
-    for row, costs in _all_costs(parts):
-        if PURE_PYTHON in costs and PEER in costs and costs[PURE_PYTHON] > costs[PEER]:
-            yield f"pure Python, {row}, against {PEER}", "1 or less", f"{costs[PURE_PYTHON] / costs[PEER]:.2f}", False
-
-
-def _faster_peers(interpreter: str, parts: Figures) -> str:
+def _faster_peers(interpreter: str, parts: Parts) -> str:
     lines = []
-    for row, costs in _all_costs(parts):
+    for row, costs in all_costs(parts):
         for ours in (NATIVE, PURE_PYTHON):
             lines += [
                 f"- {row}: {name}, {cost / costs[ours]:.2f} of {ours}."
                 for name, cost in costs.items()
-                if ours in costs and cost < costs[ours] and name not in (NATIVE, PURE_PYTHON) and not _is_baseline(name)
+                if ours in costs and cost < costs[ours] and name not in OURS and not is_baseline(name)
             ]
     return f"### {interpreter}\n\n" + ("\n".join(lines) or "None.") + "\n"
 
 
-def _all_costs(parts: Figures) -> Iterator[tuple[str, Row]]:
-    """Yield all rows in which less is better."""
-    yield from _figures(parts, "micro").items()
-    for row, costs in _figures(parts, "request").items():
-        yield f"request, {row}, CPU", {name: cost["cpu"] for name, cost in costs.items()}
-    if http := _figures(parts, "http"):
-        yield "over HTTP, CPU", {name: each["cpu_us"] for name, each in http.items()}
-        yield "over HTTP, p99", {name: each["p99_us"] for name, each in http.items()}
+def _micro(parts: Parts) -> Rows:
+    return figures(parts, "micro")
 
 
-def _is_baseline(name: str) -> bool:
-    return name.startswith("floor") or name in (BARE, "no database")
+def _thousandths(row: Row) -> dict[str, float]:
+    return {name: value / 1e3 for name, value in row.items()}
 
 
-def _above_bare(request: Mapping[str, Any], work: str) -> dict[str, float]:
-    costs = request.get(work, {})
-    bare = costs.get(BARE, {}).get("cpu", 0)
-    return {name: (cost["cpu"] - bare) / 1e3 for name, cost in costs.items() if name != BARE}
+def _instructions_table(parts: Parts) -> str:
+    rows = {work: row for work in ONE_STATEMENT if (row := request_instructions(parts, work))}
+    return table({work: _thousandths(row) for work, row in rows.items()}, 0) if rows else ""
 
 
-# --- tables --------------------------------------------------------------------------------------------
+def _request_table(parts: Parts) -> str:
+    measured = figures(parts, "request")
+    rows = {row: _thousandths(request_cpu(parts, row)) for row in measured}
+    return table(rows, 1, _spreads(measured, "cpu_quartiles", 1e3)) if rows else ""
 
 
-def _environment(interpreter: str, parts: Figures) -> str:
-    run = next(iter(parts.values()))["environment"]
-    packages = ", ".join(f"{name} {version}" for name, version in run["packages"].items())
-    return (
-        f"- **{interpreter}**: {run['interpreter']}, {run['build']}, GIL {run['gil']}; {run['cpu']}, "
-        f"{run['cores']} cores, {run['system']}; backends: {', '.join(run['backends'])}; {packages}"
-    )
+def _latency_table(parts: Parts) -> str:
+    measured = figures(parts, "latency")
+    rows = {row: {name: each["wall"] / 1e6 for name, each in costs.items()} for row, costs in measured.items()}
+    spreads = _spreads(measured, "wall_quartiles", 1e6)
+    for row, costs in measured.items():
+        for name, each in costs.items():
+            spreads[row][name] += f", {each['round_trips']:g}"
+    return table(rows, 2, spreads) if rows else ""
 
 
-def _table(corner: str, rows: Rows, digits: int) -> str:
-    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
-    lines = []
-    for label, row in rows.items():
-        best = min((value for name, value in row.items() if not _is_baseline(name)), default=None)
-        cells = [_cell(row.get(name), best, digits) for name in columns]
-        lines.append([label, *cells])
-    return _markdown([corner, *columns], lines)
+def _spreads(measured: dict[str, dict[str, dict[str, Any]]], quartiles: str, unit: float) -> dict[str, dict[str, str]]:
+    """Return what to write behind each figure, by row and column: the first and the third quartile."""
+    return {
+        row: {
+            name: f" [{each[quartiles][0] / unit:,.3g}, {each[quartiles][1] / unit:,.3g}]"
+            for name, each in costs.items()
+            if quartiles in each
+        }
+        for row, costs in measured.items()
+    }
 
 
-def _cell(value: float | None, best: float | None, digits: int) -> str:
-    if value is None:
-        return "-"
-    text = f"{value:,.{0 if value >= 1000 else digits}f}"
-    return f"**{text}**" if value == best else text
-
-
-def _http_table(figures: Rows) -> str:
+def _http_table(parts: Parts) -> str:
     header = ["", "CPU us per request", "requests per second", "p50 ms", "p99 ms"]
-    ordered = sorted(figures.items(), key=lambda entry: entry[1]["cpu_us"])
-    return _markdown(
-        header,
+    ordered = sorted(figures(parts, "http").items(), key=lambda entry: entry[1]["cpu_us"])
+    rows = [
         [
-            [
-                name,
-                f"{each['cpu_us']:,.0f}",
-                f"{each['requests_per_second']:,.0f}",
-                f"{each['p50_us'] / 1e3:.2f}",
-                f"{each['p99_us'] / 1e3:.2f}",
-            ]
-            for name, each in ordered
-        ],
-    )
+            name,
+            f"{each['cpu_us']:,.0f}",
+            f"{each['requests_per_second']:,.0f}",
+            f"{each['p50_us'] / 1e3:.2f}",
+            f"{each['p99_us'] / 1e3:.2f}",
+        ]
+        for name, each in ordered
+    ]
+    return markdown(header, rows) if rows else ""
 
 
-def _instructions_table(ratios: Rows) -> str:
+def _gate_table(parts: Parts) -> str:
+    ratios: Rows = figures(parts, "instructions").get("ratios", {})
     operations = list(dict.fromkeys(operation for row in ratios.values() for operation in row))
-    lines = [[operation, *(str(row.get(operation, "-")) for row in ratios.values())] for operation in operations]
+    rows = [[operation, *(str(row.get(operation, "-")) for row in ratios.values())] for operation in operations]
     names = {backend: name for name, backend in BACKEND_OF.items()}
-    return _markdown(["", *(names[backend] for backend in ratios)], lines)
+    return markdown(["", *(names[backend] for backend in ratios)], rows) if rows else ""
 
 
-def _markdown(header: list[str], rows: list[list[str]]) -> str:
-    ruler = ["---", *("---:" for _ in header[1:])]
-    return "".join(f"| {' | '.join(line)} |\n" for line in (header, ruler, *rows))
-
-
-# --- charts --------------------------------------------------------------------------------------------
-
-
-def _hit(parts: Figures) -> dict[str, float]:
-    return dict(_figures(parts, "micro").get(AWAITED, {}))
-
-
-def _above(parts: Figures) -> dict[str, float]:
-    return _above_bare(_figures(parts, "request"), NO_SESSION)
-
-
-def _http(parts: Figures) -> dict[str, float]:
-    return {name: each["cpu_us"] for name, each in _figures(parts, "http").items()}
-
-
-def _select(parts: Figures) -> dict[str, float]:
-    costs = _figures(parts, "request").get(f"{SELECT}, PostgreSQL", {})
-    return {name: cost["cpu"] / 1e3 for name, cost in costs.items()}
-
-
-# The rows of the table in the README.
-README_ROWS: tuple[tuple[str, Callable[[Figures], Row], int], ...] = (
-    ("`await db_session(db)` when the session exists, ns", _hit, 0),
-    ("request without a session, CPU time above the bare application, us", _above, 2),
-    ("request with one select on PostgreSQL, CPU time, us", _select, 0),
-    ("one select on PostgreSQL over HTTP, FastAPI on uvicorn, CPU time, us", _http, 0),
-)
-
-
-def _chart(runs: dict[str, Figures], name: str, title: str, values: Callable[[Figures], Row]) -> str | None:
+def _chart(runs: dict[str, Parts], name: str, title: str, values: Callable[[Parts], Row]) -> str:
     """Draw a chart with bars for each interpreter, and return the Markdown that includes the chart."""
-    bars = {interpreter: row for interpreter, parts in runs.items() if (row := values(parts))}
-    if not bars:
-        return None
+    groups = {interpreter: row for interpreter, parts in runs.items() if (row := values(parts))}
+    if not groups:
+        return ""
     path = RESULTS / f"{name}.svg"
-    path.write_text(_svg(title, bars), encoding="utf-8")
-    return f"![{title}]({RESULTS.name}/{path.name})"
-
-
-def _svg(title: str, bars: Rows) -> str:
-    left, width, step = 330, 420, 20
-    lines, y = [f'<text x="8" y="22" font-size="15" font-weight="bold">{escape(title)}</text>'], 46
-    for interpreter, row in bars.items():
-        lines.append(f'<text x="8" y="{y}" font-weight="bold">{escape(interpreter)}</text>')
-        y += step
-        longest = max(row.values())
-        for name, value in sorted(row.items(), key=lambda entry: entry[1]):
-            colour = "#2563eb" if name in (NATIVE, PURE_PYTHON) else "#cbd5e1" if _is_baseline(name) else "#94a3b8"
-            size = max(1, round(width * max(value, 0) / longest))
-            lines += [
-                f'<text x="{left - 8}" y="{y}" text-anchor="end">{escape(name)}</text>',
-                f'<rect x="{left}" y="{y - 12}" width="{size}" height="15" fill="{colour}"/>',
-                f'<text x="{left + size + 6}" y="{y}">{value:,.{0 if value >= 100 else 1}f}</text>',
-            ]
-            y += step
-        y += step // 2
-    body = "\n".join(lines)
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 80}" height="{y}" '
-        'font-family="system-ui, sans-serif" font-size="13">\n<rect width="100%" height="100%" fill="white"/>\n'
-        f"{body}\n</svg>\n"
-    )
-
-
-# --- results -------------------------------------------------------------------------------------------
-
-
-def _results() -> dict[str, Figures]:
-    runs: dict[str, Figures] = {}
-    for path in sorted(RESULTS.glob("*.json")):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if "part" in content:
-            interpreter = path.stem.removesuffix(f"-{content['part']}")
-            runs.setdefault(interpreter, {})[content["part"]] = content
-    return runs
-
-
-def _figures(parts: Figures, part: str) -> dict[str, Any]:
-    figures: dict[str, Any] = parts.get(part, {}).get("figures", {})
-    return figures
+    path.write_text(chart(title, groups, 1), encoding="utf-8")
+    return f"![{title}]({RESULTS.name}/{path.name})\n\n"

@@ -1,0 +1,73 @@
+"""Write Markdown tables and SVG charts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+
+from .figures import OURS, Row, Rows, is_baseline
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table; all columns but the first are aligned to the right."""
+    ruler = ["---", *("---:" for _ in header[1:])]
+    return "".join(f"| {' | '.join(line)} |\n" for line in (header, ruler, *rows))
+
+
+def table(rows: Rows, digits: int, spreads: Mapping[str, Mapping[str, str]] | None = None) -> str:
+    """Return a Markdown table of numbers; the lowest in each row is bold, and each is followed by its spread."""
+    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
+    lines = []
+    for label, row in rows.items():
+        spread = (spreads or {}).get(label, {})
+        numbers = zip(cells(row, columns, digits), columns, strict=True)
+        lines.append([label, *(number + spread.get(name, "") for number, name in numbers)])
+    return markdown(["", *columns], lines)
+
+
+def cells(row: Row, columns: Sequence[str], digits: int) -> list[str]:
+    """Return the cells of a row; the lowest number is bold."""
+    best = min((value for name, value in row.items() if not is_baseline(name)), default=None)
+    return [_cell(row.get(name), best, digits) for name in columns]
+
+
+def _cell(value: float | None, best: float | None, digits: int) -> str:
+    if value is None:
+        return "-"
+    text = f"{value:,.{0 if value >= 1000 else digits}f}"
+    return f"**{text}**" if value == best else text
+
+
+def chart(title: str, groups: Rows, digits: int, unit: float | None = None) -> str:
+    """Return an SVG chart with bars for each group.
+
+    The bars of a group are as long as the values are in comparison with the longest bar of the group.  If ``unit`` is
+    given, all groups have the same scale, and a line marks this value.
+    """
+    left, width, step = 330, 420, 20
+    lines, y = [f'<text x="8" y="22" font-size="15" font-weight="bold">{escape(title)}</text>'], 46
+    top = y
+    longest_of_all = max(max(row.values()) for row in groups.values())
+    for group, row in groups.items():
+        lines.append(f'<text x="8" y="{y}" font-weight="bold">{escape(group)}</text>')
+        y += step
+        longest = max(row.values()) if unit is None else longest_of_all
+        for name, value in sorted(row.items(), key=lambda entry: entry[1]):
+            colour = "#2563eb" if name in OURS else "#cbd5e1" if is_baseline(name) else "#94a3b8"
+            size = max(1, round(width * max(value, 0) / longest))
+            lines += [
+                f'<text x="{left - 8}" y="{y}" text-anchor="end">{escape(name)}</text>',
+                f'<rect x="{left}" y="{y - 12}" width="{size}" height="15" fill="{colour}"/>',
+                f'<text x="{left + size + 6}" y="{y}">{value:,.{0 if value >= 100 else digits}f}</text>',
+            ]
+            y += step
+        y += step // 2
+    if unit is not None:
+        x = left + round(width * unit / longest_of_all)
+        lines.insert(1, f'<line x1="{x}" y1="{top}" x2="{x}" y2="{y - step}" stroke="#cbd5e1"/>')
+    body = "\n".join(lines)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 80}" height="{y}" '
+        'font-family="system-ui, sans-serif" font-size="13">\n<rect width="100%" height="100%" fill="white"/>\n'
+        f"{body}\n</svg>\n"
+    )
