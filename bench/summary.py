@@ -34,8 +34,8 @@ request with hand-written sessions (`async with maker() as session, session.begi
 in each row is bold.
 
 {table}
-- *Instructions* are the executed instructions of the Python process; they are nearly the same in each run. *CPU time*
-  is the CPU time of the Python process, and varies by several percent from run to run.
+- *Instructions* are the executed instructions of the Python process; they vary by one percent from run to run. *CPU
+  time* is the CPU time of the Python process, and varies by several percent.
 - The first rows have a bare ASGI function under the middleware, without a server. With *FastAPI over HTTP*, uvicorn
   serves 16 connections.
 - In a *read-only request*, ctxalchemy uses a read-only context. The others use ordinary sessions, because they have no
