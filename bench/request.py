@@ -57,7 +57,7 @@ ONE_STATEMENT = (READ_ONLY_SELECT, READ_ONLY_ROW, SELECT, ROW, INSERT)
 QUERY = text("SELECT 1")
 STREAM_START: Message = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/plain")]}
 # As the responses of frameworks: without a length, a response is a stream, whose commit costs more.
-START: Message = STREAM_START | {"headers": [*STREAM_START["headers"], (b"content-length", b"4")]}
+START: Message = {**STREAM_START, "headers": [*STREAM_START["headers"], (b"content-length", b"4")]}
 CHUNK: Message = {"type": "http.response.body", "body": b"chunk", "more_body": True}
 END: Message = {"type": "http.response.body", "body": b"done", "more_body": False}
 
