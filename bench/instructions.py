@@ -56,8 +56,8 @@ from .request import (
 
 COMMITTED = Path(__file__).with_name("instructions.json")
 TOLERANCE = 0.03
-# An additional step of the event loop is 2% of a request with one select.
-TOLERANCE_OF_REQUESTS = 0.015
+# The same request varied by up to 0.7% between two environments.  An additional round trip is 9% of a select.
+TOLERANCE_OF_REQUESTS = 0.02
 
 REFERENCE = "reference loop"
 REPETITIONS = (500, 4500)

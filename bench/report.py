@@ -99,7 +99,7 @@ of ctxalchemy.
 
 GATE = """\
 Executed instructions divided by the instructions of a reference in the same run. For requests with SQL, the reference
-is the hand-written request with the same SQL, and `make bench-gate` fails if the ratio is more than 1.5% above the
+is the hand-written request with the same SQL, and `make bench-gate` fails if the ratio is more than 2% above the
 committed ratio. For the others, the reference is a loop that awaits an `async def` that reads a dict from a ContextVar,
 and the ratio may be up to 3% above the committed ratio.
 """
