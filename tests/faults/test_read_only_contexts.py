@@ -7,7 +7,6 @@ import contextlib
 import os
 from contextlib import asynccontextmanager
 from functools import partial
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -17,7 +16,6 @@ from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from support.apps import Answer, build, each_kind, http_scope
 from support.faults import Wire, Witness, assert_whole, client_of, over_psycopg, pids, serve, sleeping
-from support.mariadb import MariaDBSchema
 from support.pgbouncer import connect_args_of_clients, refused_parameters
 from support.read_only import pool_of_reads, watched_reads
 from support.schema import Schema, add_note, count_notes, needs_asyncpg, watched
@@ -29,6 +27,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
+    from support.mariadb import MariaDBSchema
 
 COUNT = "SELECT count(*) FROM note"
 
@@ -974,17 +973,6 @@ async def test_settings_of_a_read_only_context_reach_no_other_client_of_pgbounce
 
 
 # --- MariaDB -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(params=["aiomysql", "asyncmy"])
-async def mariadb(request: pytest.FixtureRequest) -> AsyncIterator[MariaDBSchema]:
-    url = os.environ.get("TEST_MARIADB_URL")
-    if not url:
-        pytest.skip("without MariaDB: TEST_MARIADB_URL is not set, and 'make test' found no MariaDB server")
-    if find_spec(request.param) is None:
-        pytest.skip(f"without {request.param}: it is not installed for this interpreter")
-    async with MariaDBSchema.create(url, request.param) as schema:
-        yield schema
 
 
 async def test_mariadb_refuses_writes(ctxalchemy: ModuleType, mariadb: MariaDBSchema) -> None:
