@@ -264,7 +264,8 @@ def check_can_refuse_writes(dialect: Dialect) -> None:
 def is_autocommit(dialect: Dialect, connection: PoolProxiedConnection) -> bool:
     """Return whether each statement is a transaction of its own.  Before SQLAlchemy 2.0.43, no dialect returns this."""
     if dialect.driver == "asyncpg":
-        return bool(connection.dbapi_connection.autocommit)  # type: ignore[union-attr]
+        dbapi_connection: Any = connection.dbapi_connection
+        return bool(dbapi_connection.autocommit)
     driver_connection: Any = connection.driver_connection
     if dialect.name == "postgresql":
         return bool(driver_connection.autocommit)

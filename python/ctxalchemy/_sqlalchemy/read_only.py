@@ -7,7 +7,7 @@ takes none, because there is no transaction on the server.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import QueuePool, event
@@ -17,7 +17,6 @@ from .internals import set_isolation_level_of_new_connections
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Dialect, PoolProxiedConnection
-    from sqlalchemy.engine.default import DefaultExecutionContext
     from sqlalchemy.ext.asyncio import AsyncEngine
     from sqlalchemy.pool import ConnectionPoolEntry
 
@@ -54,11 +53,11 @@ def leave_autocommit(connection: Connection) -> None:
 
     If this is not the connection of a read-only engine, nothing happens.
     """
-    proxied, dialect = connection.connection, connection.dialect
+    # Any: SQLAlchemy's types do not know the adapter of a driver that is passed here.
+    proxied, dialect = connection.connection, cast(Any, connection.dialect)
     if is_read_only(connection) and is_autocommit(dialect, proxied):
         _info(proxied)[_LEFT] = True
-        assert dialect.default_isolation_level is not None
-        dialect.set_isolation_level(proxied.dbapi_connection, dialect.default_isolation_level)  # type: ignore[arg-type]
+        dialect.set_isolation_level(proxied.dbapi_connection, dialect.default_isolation_level)
 
 
 def _make_read_only(engine: AsyncEngine) -> None:
@@ -162,9 +161,10 @@ def _info(connection: PoolProxiedConnection) -> dict[str, Any]:
 
 def _stream_in_transactions(dialect: Any) -> None:
     """Stream results in transactions: PostgreSQL has no cursors outside of them."""
-    context_class: type[DefaultExecutionContext] = dialect.execution_ctx_cls
+    context_class: Any = dialect.execution_ctx_cls
 
-    class StreamingContext(context_class):  # type: ignore[misc, valid-type]
+    # Type checkers cannot know the base class: it depends on the dialect.
+    class StreamingContext(context_class):  # type: ignore[misc]
         def create_server_side_cursor(self) -> Any:
             leave_autocommit(self.root_connection)
             return super().create_server_side_cursor()
