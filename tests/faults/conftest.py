@@ -34,6 +34,15 @@ async def db_per_driver(ctxalchemy: ModuleType, schema: Schema, request: pytest.
         yield db
 
 
+@pytest.fixture
+def pgbouncer_url() -> str:
+    """The URL of a PgBouncer in transaction mode in front of the PostgreSQL server."""
+    url = os.environ.get("TEST_PGBOUNCER_URL")
+    if not url:
+        pytest.skip("without PgBouncer: TEST_PGBOUNCER_URL is not set, and 'make test' found no PgBouncer")
+    return url
+
+
 @pytest.fixture(params=["aiomysql", "asyncmy"])
 async def mariadb(request: pytest.FixtureRequest) -> AsyncIterator[MariaDBSchema]:
     """A database on the MariaDB server for this test, once over each driver for MariaDB."""

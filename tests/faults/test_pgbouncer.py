@@ -6,7 +6,6 @@ The databases have the settings of docs/guides/poolers.md.  Only what a pooler c
 from __future__ import annotations
 
 import asyncio
-import os
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -27,11 +26,8 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-async def schema(postgres_url: str) -> AsyncIterator[PooledSchema]:
-    url = os.environ.get("TEST_PGBOUNCER_URL")
-    if not url:
-        pytest.skip("without PgBouncer: TEST_PGBOUNCER_URL is not set, and 'make test' found no PgBouncer")
-    async with PooledSchema.create_behind(url, postgres_url) as schema:
+async def schema(postgres_url: str, pgbouncer_url: str) -> AsyncIterator[PooledSchema]:
+    async with PooledSchema.create_behind(pgbouncer_url, postgres_url) as schema:
         yield schema
         assert await schema.has_no_open_transaction()
         assert await schema.assigned() == 0

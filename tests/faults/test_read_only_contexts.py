@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -911,18 +910,15 @@ class Pooler:
 
 
 @pytest.fixture(params=[pytest.param("asyncpg", marks=needs_asyncpg), "psycopg"])
-def pooler(ctxalchemy: ModuleType, schema: Schema, request: pytest.FixtureRequest) -> Pooler:
-    url = os.environ.get("TEST_PGBOUNCER_URL")
-    if not url:
-        pytest.skip("without PgBouncer: TEST_PGBOUNCER_URL is not set, and 'make test' found no PgBouncer")
-    return Pooler(ctxalchemy, schema, url, request.param)
+def pooler(ctxalchemy: ModuleType, schema: Schema, pgbouncer_url: str, request: pytest.FixtureRequest) -> Pooler:
+    return Pooler(ctxalchemy, schema, pgbouncer_url, request.param)
 
 
 async def test_pgbouncer_that_does_not_ignore_the_setting_refuses_the_connection(
-    schema: Schema, pooler: Pooler
+    schema: Schema, pooler: Pooler, pgbouncer_url: str
 ) -> None:
     async with watched_reads(pooler.db("readers")) as db:
-        async with refused_parameters(os.environ["TEST_PGBOUNCER_URL"]):
+        async with refused_parameters(pgbouncer_url):
             with pytest.raises(Exception, match="unsupported startup parameter"):
                 await pooler.execute(db, COUNT)
             await pooler.execute(db, "INSERT INTO note VALUES ('written')", read_only=False)
