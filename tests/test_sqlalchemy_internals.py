@@ -335,6 +335,8 @@ async def test_isolation_level_of_new_connections_is_set_when_a_transaction_with
     """``Dialect._on_connect_isolation_level``."""
     why = "internals.set_isolation_level_of_new_connections sets it"
     assert engine.dialect._on_connect_isolation_level is None, why
+    with_level = create_async_engine(engine.url, isolation_level="REPEATABLE READ")
+    assert with_level.dialect._on_connect_isolation_level == "REPEATABLE READ", why
     engine.dialect._on_connect_isolation_level = "AUTOCOMMIT"
     async with AsyncSession(engine) as session:
         await session.connection(execution_options={"isolation_level": "SERIALIZABLE"})

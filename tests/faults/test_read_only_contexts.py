@@ -596,6 +596,27 @@ async def test_setting_that_is_refused_lets_no_statement_run_without_it(
     await assert_whole_with_tenant(ctxalchemy, schema, db_per_driver)
 
 
+@pytest.mark.parametrize("level", ["SERIALIZABLE", "REPEATABLE READ", "AUTOCOMMIT", None])
+async def test_transaction_with_settings_has_the_isolation_level_of_the_engine(
+    ctxalchemy: ModuleType, schema: Schema, driver_schema: Schema, level: str | None
+) -> None:
+    options = {} if level is None else {"isolation_level": level}
+    expected = "read committed" if level in (None, "AUTOCOMMIT") else str(level).lower()
+    async with watched_reads(driver_schema.db(ctxalchemy, **options)) as db:
+        for _ in range(2):
+            async with ctxalchemy.new_ctx(read_only=True):
+                session = await ctxalchemy.db_session(db)
+                await count_notes(session)
+                assert await schema.backends() == ["idle"]
+                await session.commit()
+                await ctxalchemy.set_local(db, {TENANT: "42"})
+                assert await tenant(session) == "42"
+                assert await schema.backends() == ["idle in transaction"]
+                assert await session.scalar(text("SHOW transaction_isolation")) == expected
+                assert await session.scalar(text("SHOW transaction_read_only")) == "on"
+        await assert_whole_with_tenant(ctxalchemy, schema, db)
+
+
 async def test_nested_contexts_of_the_other_kind_inherit_the_settings(ctxalchemy: ModuleType, strict_db: Any) -> None:
     async def read() -> str:
         return await tenant(await ctxalchemy.db_session(strict_db))

@@ -107,14 +107,19 @@ def leave_begin_block(session: AsyncSession) -> None:
         session.sync_session._trans_context_manager = None
 
 
-def set_isolation_level_of_new_connections(dialect: Dialect, level: IsolationLevel) -> None:
+def set_isolation_level_of_new_connections(dialect: Dialect, level: IsolationLevel) -> IsolationLevel | None:
     """Do what ``create_engine(isolation_level=...)`` does, for an engine that exists: ``_on_connect_isolation_level``.
 
     If a session chooses another level for one transaction, SQLAlchemy sets this level again when the transaction has
     ended.  The public ``Engine.update_execution_options`` would set the level at each checkout instead.  Connections
     that are opened later do not have this level by themselves.  Checked with 2.0.56 to 2.1.9.
+
+    Returns:
+        The level that ``create_engine`` was called with, or None.
     """
+    former: IsolationLevel | None = dialect._on_connect_isolation_level
     dialect._on_connect_isolation_level = level
+    return former
 
 
 def is_modified(session: Session) -> bool:

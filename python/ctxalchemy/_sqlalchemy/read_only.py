@@ -17,6 +17,7 @@ from .internals import set_isolation_level_of_new_connections
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Dialect, PoolProxiedConnection
+    from sqlalchemy.engine.interfaces import IsolationLevel
     from sqlalchemy.ext.asyncio import AsyncEngine
     from sqlalchemy.pool import ConnectionPoolEntry
 
@@ -25,6 +26,9 @@ _SAVEPOINTS = "ctxalchemy: savepoints in a transaction"
 
 _claimed: WeakKeyDictionary[Dialect, bool] = WeakKeyDictionary()
 """The dialects of all engines in use, and whether these engines are read-only."""
+
+_levels: WeakKeyDictionary[Dialect, IsolationLevel] = WeakKeyDictionary()
+"""The isolation levels of transactions on read-only engines, if ``create_engine`` was called with a level."""
 
 
 def claim(engine: AsyncEngine, read_only: bool) -> None:
@@ -51,13 +55,15 @@ def is_read_only(connection: Connection) -> bool:
 def leave_autocommit(connection: Connection) -> None:
     """Let the next statement begin a transaction on the server.  After this transaction, autocommit is used again.
 
+    The transaction has the isolation level of ``create_engine(isolation_level=...)``, or else that of the server.
+
     If this is not the connection of a read-only engine, nothing happens.
     """
     # Any: SQLAlchemy's types do not know the adapter of a driver that is passed here.
     proxied, dialect = connection.connection, cast(Any, connection.dialect)
     if is_read_only(connection) and is_autocommit(dialect, proxied):
         _info(proxied)[_LEFT] = True
-        dialect.set_isolation_level(proxied.dbapi_connection, dialect.default_isolation_level)
+        dialect.set_isolation_level(proxied.dbapi_connection, _levels.get(dialect) or dialect.default_isolation_level)
 
 
 def _make_read_only(engine: AsyncEngine) -> None:
@@ -82,7 +88,9 @@ def _make_read_only(engine: AsyncEngine) -> None:
             dialect.do_terminate(dbapi_connection)
             raise
 
-    set_isolation_level_of_new_connections(dialect, "AUTOCOMMIT")
+    level = set_isolation_level_of_new_connections(dialect, "AUTOCOMMIT")
+    if level is not None and level != "AUTOCOMMIT":
+        _levels[dialect] = level
     event.listen(engine.sync_engine, "do_connect", request_read_only)
     event.listen(engine.sync_engine, "connect", on_connect)
     _skip_in_autocommit(dialect)
