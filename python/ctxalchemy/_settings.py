@@ -31,11 +31,14 @@ def attach(store: object, database: object, session: AsyncSession, required: tup
     Args:
         store: the context.
         database: the database.
-        session: a session that is put into the context.
+        session: a session that is put into the context.  If it is in a transaction, the settings are applied before
+            its next statement.
         required: the names of the settings without which no transaction of the database may begin.
     """
     if required or id(database) in (contexts.of(store) or {}):
-        _listener(session, _settings_of(store, database, required))
+        listener = _listener(session, _settings_of(store, database, required))
+        if listener is not None:
+            listener.apply_later(session.sync_session)
 
 
 async def apply(

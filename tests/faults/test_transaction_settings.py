@@ -593,6 +593,42 @@ async def test_context_with_the_required_setting_inherited_or_put_is_served(
             assert await tenant(session) == ""
 
 
+@pytest.mark.parametrize("nested", [False, True])
+async def test_session_that_is_put_in_its_transaction_executes_no_statement_without_a_required_setting(
+    ctxalchemy: ModuleType, schema: Schema, strict_db: Any, nested: bool
+) -> None:
+    session = await strict_db.create_session()
+    await count_notes(session)
+    async with ctxalchemy.new_ctx():
+        if nested:
+            await session.begin_nested()
+        ctxalchemy.put_db_session_to_context(strict_db, session)
+        for _ in range(2):
+            with pytest.raises(ctxalchemy.MissingSettingsError):
+                await add_note(session, "lost")
+        await ctxalchemy.set_local(strict_db, {TENANT: "42"})
+        await add_note(session, await tenant(session))
+    assert await schema.notes() == ["42"]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+async def test_setting_holds_in_the_transaction_in_which_a_session_is_put(
+    ctxalchemy: ModuleType, schema: Schema, db_per_driver: Any, nested: bool
+) -> None:
+    async with ctxalchemy.new_ctx():
+        await ctxalchemy.set_local(db_per_driver, {TENANT: "42"})
+        await ctxalchemy.close_db_session(db_per_driver)
+        session = await db_per_driver.create_session()
+        await add_note(session, "before")
+        savepoint = await session.begin_nested() if nested else None
+        ctxalchemy.put_db_session_to_context(db_per_driver, session)
+        assert await tenant(session) == "42"
+        if savepoint is not None:
+            await savepoint.rollback()
+        assert await tenant(session) == "42"
+    await assert_whole(ctxalchemy, schema, db_per_driver, notes=["before"])
+
+
 async def test_session_of_a_test_is_refused_only_while_the_setting_is_missing(
     ctxalchemy: ModuleType, schema: Schema
 ) -> None:

@@ -49,6 +49,7 @@ class SettingsListener:
         self.settings = settings
         self._set_in_savepoint = False
         self._refused: SessionTransaction | None = None
+        self._is_pending = False
         event.listen(session, "after_begin", self._on_begin)
         event.listen(session, "after_soft_rollback", self._on_rollback)
 
@@ -67,20 +68,34 @@ class SettingsListener:
         connections = [connection for connection, _ in connections_of(session)]
         self._apply(session, [each for each in connections if not each.closed and not each.invalidated])
 
+    def apply_later(self, session: Session) -> None:
+        """Apply the settings to the open transaction, if there is one, before its next statement."""
+        for connection, _ in connections_of(session):
+            self._is_pending = True
+            self._watch(session, connection)
+
     def _apply(self, session: Session, connections: Iterable[Connection]) -> None:
         self._refused = None
+        self._is_pending = False
         for connection in connections:
             try:
                 _execute(connection, self.settings)
             except BaseException:
                 # The session has its connection, and would execute the next statement without the settings.
-                self._refused = session.get_transaction()
-                if not event.contains(connection, "before_cursor_execute", self._refuse):
-                    event.listen(connection, "before_cursor_execute", self._refuse)
+                self._watch(session, connection)
                 raise
 
-    def _refuse(self, _connection: Connection, _cursor: object, statement: str, *_: object) -> None:
+    def _watch(self, session: Session, connection: Connection) -> None:
+        """Refuse the statements of the open transaction, unless the settings can be applied before."""
+        self._refused = session.get_transaction()
+        if not event.contains(connection, "before_cursor_execute", self._before_execute):
+            event.listen(connection, "before_cursor_execute", self._before_execute)
+
+    def _before_execute(self, _connection: Connection, _cursor: object, statement: str, *_: object) -> None:
         if self._refused is not None and self._refused.is_active and not statement.startswith("ROLLBACK"):
+            if self._is_pending:
+                self.apply_now(self._refused.session)
+                return
             _check(self.settings)
             raise InvalidRequestError(
                 "this transaction cannot be used, because its settings could not be applied: roll it back" + _PAGE
