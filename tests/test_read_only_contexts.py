@@ -694,6 +694,18 @@ async def test_sqlite_refuses_writes(ctxalchemy: ModuleType, tmp_path: Path, pla
                 assert await count_notes(session) == 2
 
 
+async def test_savepoint_on_sqlite_is_not_sent(ctxalchemy: ModuleType) -> None:
+    statements: list[str] = []
+    async with sqlite_db(ctxalchemy, "sqlite+aiosqlite://") as db, ctxalchemy.new_ctx(read_only=True):
+        session = await ctxalchemy.db_session(db)
+        driver_connection: Any = (await (await session.connection()).get_raw_connection()).driver_connection
+        await driver_connection.set_trace_callback(statements.append)
+        async with session.begin_nested():
+            assert await count_notes(session) == 0
+        await session.commit()
+    assert statements == ["SELECT count(*) FROM note"]
+
+
 async def test_sqlite_in_memory_that_connections_cannot_share_has_no_read_only_engine(ctxalchemy: ModuleType) -> None:
     async with (
         sqlite_db(ctxalchemy, "sqlite+aiosqlite://") as shared,

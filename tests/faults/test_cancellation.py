@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
@@ -715,3 +716,24 @@ async def test_server_ends_a_statement_whose_connection_was_terminated(ctxalchem
     assert await schema.has_no_open_transaction()
     await assert_whole(ctxalchemy, schema, db, notes=[])
     await db.close()
+
+
+async def test_cancelled_block_is_rolled_back_in_a_process_without_anyio(
+    ctxalchemy: ModuleType, schema: Schema, db: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work() -> None:
+        async with ctxalchemy.new_ctx():
+            await add_note(await ctxalchemy.db_session(db), "lost")
+            await asyncio.sleep(10)
+
+    async def has_begun() -> bool:
+        return "idle in transaction" in await schema.backends()
+
+    task = asyncio.create_task(work())
+    assert await eventually(has_begun)
+    with monkeypatch.context() as patch:
+        patch.delitem(sys.modules, "anyio")
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    await assert_whole(ctxalchemy, schema, db, notes=[])

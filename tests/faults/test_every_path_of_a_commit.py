@@ -12,8 +12,8 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from support.apps import Answer, build, call
-from support.faults import CommitGate, assert_whole, pids
-from support.schema import Schema, add_note, break_commit, checked_out, count_notes
+from support.faults import CommitGate, assert_whole, pids, sleeping
+from support.schema import Schema, add_note, break_commit, checked_out, count_notes, needs_asyncpg, watched
 from support.waiting import eventually
 
 if TYPE_CHECKING:
@@ -69,6 +69,14 @@ async def test_error_of_the_driver_connection_fails_the_commit(
     with pytest.raises(DBAPIError, match="current transaction is aborted"):
         await ctxalchemy.run_in_new_ctx(work)
     await assert_whole(ctxalchemy, schema, db_per_driver, notes=[])
+
+
+@needs_asyncpg
+async def test_driver_connection_returns_the_answer_to_commit(ctxalchemy: ModuleType, db: Any) -> None:
+    async with ctxalchemy.new_non_ctx_session(db) as session:
+        driver_connection: Any = (await (await session.connection()).get_raw_connection()).driver_connection
+        await driver_connection.execute("BEGIN;")
+        assert await driver_connection.execute("COMMIT;") == "COMMIT"
 
 
 @pytest.mark.parametrize("begun_before", [False, True], ids=["session begins", "connection has begun"])
@@ -280,3 +288,34 @@ async def test_commit_whose_outcome_is_unknown_invalidates_the_connection(
             await task
     assert not before & await pids(schema)
     await assert_whole(ctxalchemy, schema, db_per_driver, notes=[])
+
+
+@needs_asyncpg
+async def test_failed_commit_of_one_connection_invalidates_no_other_connection(
+    ctxalchemy: ModuleType, schema: Schema
+) -> None:
+    """asyncpg refuses the COMMIT, because a statement is being executed."""
+    async with watched(schema.db(ctxalchemy, pool_size=3)) as db:
+        before = await pids_of_all_connections(db)
+        async with ctxalchemy.new_non_ctx_session(db) as session:
+            await add_note(session, "lost")
+            pid = int(await session.scalar(text("SELECT pg_backend_pid()")))
+            statement = asyncio.create_task(session.execute(text("SELECT pg_sleep(10)")))
+            assert await eventually(lambda: sleeping(schema))
+            with pytest.raises(DBAPIError, match="another operation is in progress"):
+                await session.commit()
+            with pytest.raises(DBAPIError):
+                await statement
+        after = await pids_of_all_connections(db)
+        assert before - after == {pid}
+        assert len(after) == 3
+        await assert_whole(ctxalchemy, schema, db, notes=[])
+
+
+async def pids_of_all_connections(db: Any) -> set[int]:
+    """Check out all three connections of the pool, and return the ids of their server processes."""
+    sessions = [await db.create_session() for _ in range(3)]
+    found = {int(await session.scalar(text("SELECT pg_backend_pid()"))) for session in sessions}
+    for session in sessions:
+        await session.close()
+    return found

@@ -392,6 +392,25 @@ async def test_handled_lock_wait_timeout_fails_the_commit_if_the_server_rolls_ba
     await assert_whole(ctxalchemy, schema, db, other_db, notes=[])
 
 
+@pytest.mark.parametrize("first", ["lock wait timeout", "deadlock"])
+async def test_handled_lock_wait_timeout_does_not_hide_a_handled_deadlock(
+    ctxalchemy: ModuleType, schema: MariaDBSchema, db: Any, rival_db: Any, first: str
+) -> None:
+    """After a lock wait timeout alone, the server decides whether the commit succeeds."""
+    async with ctxalchemy.new_non_ctx_session(db) as session:
+        if first == "lock wait timeout":
+            async with lock_on_a(schema, ctxalchemy):
+                await time_out(session)
+        async with Rival.request(ctxalchemy, schema, rival_db) as rival:
+            await rival.deadlock_quietly(session)
+        if first == "deadlock":
+            async with lock_on_a(schema, ctxalchemy):
+                await time_out(session)
+        with pytest.raises(OperationalError, match=ROLLED_BACK):
+            await session.commit()
+    await assert_rival_won(ctxalchemy, schema, db, rival_db)
+
+
 async def test_request_that_is_cancelled_in_a_statement_leaves_nothing(
     ctxalchemy: ModuleType, schema: MariaDBSchema, db: Any
 ) -> None:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import text
+from sqlalchemy.exc import IntegrityError
 from support.apps import Answer, build, call
 from support.faults import SQLiteFile, assert_whole
-from support.schema import add_note
+from support.schema import add_note, break_commit
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,4 +48,24 @@ async def test_request_that_is_cancelled_in_a_statement_releases_its_lock(
         await add_note(session, "kept")
     await rival.close()
     await assert_whole(ctxalchemy, file, db, notes=["kept"])
+    await db.close()
+
+
+async def test_refused_commit_keeps_the_connection(ctxalchemy: ModuleType, tmp_path: Path) -> None:
+    """An error of SQLite is its answer: the state of the connection is known."""
+    file = await SQLiteFile.create(tmp_path / "notes.sqlite3")
+    db = file.db(ctxalchemy)
+    used: list[Any] = []
+
+    async def work() -> None:
+        session = await ctxalchemy.db_session(db)
+        await session.execute(text("PRAGMA foreign_keys = ON"))
+        used.append((await (await session.connection()).get_raw_connection()).driver_connection)
+        await break_commit(session)
+
+    for _ in range(3):
+        with pytest.raises(IntegrityError, match="FOREIGN KEY"):
+            await ctxalchemy.run_in_new_ctx(work)
+    assert used == used[:1] * 3
+    await assert_whole(ctxalchemy, file, db, notes=[])
     await db.close()

@@ -9,8 +9,8 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from support.apps import Answer, build, call
-from support.faults import Witness, assert_whole, client_of, pids
-from support.schema import Schema, add_note
+from support.faults import Witness, assert_whole, client_of, pids, psycopg_db
+from support.schema import Schema, add_note, watched
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncResult
 
+OPEN_CURSORS = text("SELECT count(*) FROM pg_cursors WHERE statement LIKE '%generate_series%'")
 ROWS = text("SELECT n FROM generate_series(1, 5000) AS n")
 
 
@@ -166,3 +167,14 @@ async def test_result_whose_rows_are_all_on_the_client_does_not_look_complete_af
             await result.fetchone()
     assert rows == [1, 2, 3, 4, 5]
     await assert_whole(ctxalchemy, schema, db_per_driver, notes=["written"] if end == "commit" else [])
+
+
+async def test_result_that_is_closed_closes_its_cursor_on_the_server(ctxalchemy: ModuleType, schema: Schema) -> None:
+    """Over psycopg.  asyncpg has no way to close a cursor: the cursor ends with the transaction."""
+    async with watched(psycopg_db(ctxalchemy, schema)) as db, ctxalchemy.new_ctx():
+        session = await ctxalchemy.db_session(db)
+        result = await session.stream(ROWS)
+        await result.fetchone()
+        assert await session.scalar(OPEN_CURSORS) == 1
+        await result.close()
+        assert await session.scalar(OPEN_CURSORS) == 0
