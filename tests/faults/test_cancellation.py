@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import event, text
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from starlette.applications import Starlette
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.routing import Route
 from support.apps import Answer, Kind, build, call, http_scope
 from support.cancelling import Manner, Run, sweep
-from support.faults import CommitGate, assert_whole, psycopg_db
+from support.faults import CommitGate, assert_whole, db_with, pids, psycopg_db
 from support.interpreter import HAS_REFERENCE_COUNTS
 from support.schema import Schema, add_note, checked_out, needs_asyncpg
 from support.sessions import OverriddenSession, maker_creator
@@ -33,8 +33,6 @@ from support.waiting import eventually
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from types import ModuleType
-
-    from sqlalchemy.ext.asyncio import AsyncSession
 
 Endpoint = Callable[[], Awaitable[Answer]]
 
@@ -737,3 +735,49 @@ async def test_cancelled_block_is_rolled_back_in_a_process_without_anyio(
         with pytest.raises(asyncio.CancelledError):
             await task
     await assert_whole(ctxalchemy, schema, db, notes=[])
+
+
+class StuckSession(AsyncSession):
+    """A session whose ``close`` ends only if it is cancelled.  It then closes the session, or not."""
+
+    closes_in_the_end = False
+
+    async def close(self) -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            if not self.closes_in_the_end:
+                raise
+            await asyncio.sleep(0.1)
+            await super().close()
+
+
+class FinallyClosingSession(StuckSession):
+    closes_in_the_end = True
+
+
+@pytest.mark.parametrize("session_class", [StuckSession, FinallyClosingSession])
+async def test_close_of_a_session_class_that_is_cut_off_leaves_no_connection_checked_out(
+    ctxalchemy: ModuleType, schema: Schema, monkeypatch: pytest.MonkeyPatch, session_class: type[StuckSession]
+) -> None:
+    """After its time, the cleanup is cancelled once.  It has another second to end."""
+    monkeypatch.setattr(sys.modules["ctxalchemy._shield"], "CLEANUP_TIMEOUT", 0.2)
+    db = db_with(ctxalchemy, schema, session_class)
+    before: set[int] = set()
+
+    async def endpoint() -> Answer:
+        await add_note(await ctxalchemy.db_session(db), "lost")
+        before.update(await pids(schema))
+        task.cancel()
+        await asyncio.sleep(10)
+        return Answer()
+
+    task = asyncio.create_task(call(build("asgi", ctxalchemy, endpoint)))
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(task, 5)
+    assert await checked_out(db) == 0
+    assert await schema.has_no_open_transaction()
+    assert await schema.notes() == []
+    if session_class.closes_in_the_end:
+        assert await pids(schema) == before
+    await db.close()

@@ -450,6 +450,28 @@ async def test_commit_on_a_connection_that_was_killed_raises(
     await assert_whole(ctxalchemy, schema, db, notes=["kept"])
 
 
+async def test_error_of_the_client_library_at_the_commit_invalidates_the_connection(
+    ctxalchemy: ModuleType, schema: MariaDBSchema, db: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The numbers from 2000 on are no answer of the server.  SQLAlchemy would keep the connection."""
+
+    async def malformed() -> None:
+        raise db.engine().dialect.dbapi.OperationalError(2027, "Malformed packet")
+
+    async def work() -> None:
+        session = await ctxalchemy.db_session(db)
+        await add_note(session, "lost")
+        before.update(await schema.pids())
+        driver_connection: Any = (await (await session.connection()).get_raw_connection()).driver_connection
+        monkeypatch.setattr(driver_connection, "commit", malformed)
+
+    before: set[int] = set()
+    with pytest.raises(OperationalError, match="Malformed packet"):
+        await ctxalchemy.run_in_new_ctx(work)
+    await assert_whole(ctxalchemy, schema, db, notes=[])
+    assert not before & await schema.pids()
+
+
 async def test_request_whose_connection_is_killed_before_the_commit_is_never_a_success(
     ctxalchemy: ModuleType, schema: MariaDBSchema, db: Any, other_db: Any
 ) -> None:

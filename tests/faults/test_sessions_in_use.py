@@ -527,6 +527,26 @@ async def test_request_that_ends_while_a_task_waits_for_the_pool_leaves_nothing_
     await db.close()
 
 
+async def test_session_that_is_rolled_back_while_a_task_waits_for_the_pool_can_be_used_again(
+    ctxalchemy: ModuleType, schema: Schema, db: Any
+) -> None:
+    async with ctxalchemy.new_ctx():
+        session = await ctxalchemy.db_session(db)
+        async with ctxalchemy.new_non_ctx_session(db) as rival:
+            await add_note(rival, "the rival's")
+            task = asyncio.create_task(add_note(session, "lost"))
+            await asyncio.sleep(0.02)
+            await ctxalchemy.rollback_db_session(db)
+            await rival.commit()
+        with pytest.raises(InvalidRequestError, match="another task rolled back this session"):
+            await task
+        await session.rollback()
+        for name in ("first", "second"):
+            await add_note(session, name)
+            await session.commit()
+    await assert_whole(ctxalchemy, schema, db, notes=["the rival's", "first", "second"])
+
+
 @asynccontextmanager
 async def over_a_wire(ctxalchemy: ModuleType, schema: Schema, driver: str) -> AsyncIterator[tuple[Wire, Any]]:
     async with Wire.to(schema.url) as wire:
