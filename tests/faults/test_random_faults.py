@@ -48,6 +48,12 @@ async def test_ledger_balances_after_random_faults(ctxalchemy: ModuleType, postg
         "cancelled in process",
         "outlived their request: ContextClosedError",
         "raised PartialCommitError",
+        "read-only requests",
+        "callbacks of on_commit",
+        "callbacks of on_rollback",
+        "savepoint blocks released",
+        "savepoint blocks rolled back",
+        "functions with attempts that returned",
     ):
         assert soak.happened[what], f"this never happened: {what}"
     # The first rounds fill caches.

@@ -21,6 +21,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from .apps import KINDS, Answer, Kind, build, call, http_scope
 from .faults import assert_serves
 from .pgbouncer import PooledSchema, with_database
+from .read_only import pool_of_reads
 from .schema import Schema, add_note, break_commit, checked_out, count_notes, pool_of
 from .server import serve
 
@@ -34,6 +35,7 @@ REQUESTS = 120
 """The number of requests in a round."""
 AT_ONCE = 20
 """The number of concurrent requests."""
+SETTING = "app.soak"
 POOL: dict[str, Any] = {"pool_size": 10, "max_overflow": 50, "pool_timeout": 20}
 """A request may use three connections of a pool at once: its own, that of the nested request that it makes in process,
 and that of the task that outlives it."""
@@ -54,6 +56,10 @@ class Plan:
     gathers: bool
     after: str
     outliving: str
+    savepoint: str
+    registers: str
+    sets: bool
+    read_only: bool
     disconnect_after: float | None
     inner: Plan | None = None
 
@@ -63,6 +69,11 @@ class Plan:
     """Notes written after the start of the response that must be committed."""
     may: set[str] = field(default_factory=set)
     """Notes written after the start of the response that may be committed."""
+    committed: int = 0
+    """How often the callback of ``on_commit`` was called."""
+    rolled_back: int = 0
+    """How often the callback of ``on_rollback`` was called."""
+    registered: bool = False
     committing: bool = False
     status: int | None = None
     error: BaseException | None = None
@@ -82,7 +93,13 @@ class Plan:
             idle=random.choice([0, 0, 0.001, 0.005]),
             gathers=random.random() < 0.2,
             after=random.choice(["", "", "stream", "broken stream", "background", "broken background", "at the end"]),
-            outliving=random.choice(["", "", "", "in a new context", "in the closed context", "in the same session"]),
+            outliving=random.choice(
+                ["", "", "", "in a new context", "with attempts", "in the closed context", "in the same session"]
+            ),
+            savepoint=random.choice(["", "", "released", "rolled back"]),
+            registers=random.choice(["", "", "a function", "an async function"]),
+            sets=random.random() < 0.3,
+            read_only=random.random() < 0.12,
             disconnect_after=random.uniform(0, 0.06) if random.random() < 0.35 else None,
         )
         if not inner and random.random() < 0.15:
@@ -91,6 +108,15 @@ class Plan:
 
     def name(self, what: str) -> str:
         return f"{self.number:03} {what}"
+
+    @property
+    def setting(self) -> str:
+        """The value of the setting in all transactions of the first database; empty if there is none."""
+        return str(self.number) if self.sets else ""
+
+
+class UndoneError(Exception):
+    """Ends a savepoint block, which is undone."""
 
 
 class Soak:
@@ -117,7 +143,12 @@ class Soak:
         self._databases = (schema.db(ctxalchemy, **POOL), (pooled or schema).db(ctxalchemy, **POOL))
         self._plan: ContextVar[Plan] = ContextVar("plan")
         self._plans: dict[int, Plan] = {}
-        self._apps = {kind: build(kind, ctxalchemy, self._endpoint, before_commit=self._hook) for kind in KINDS}
+        self._apps = {
+            kind: build(
+                kind, ctxalchemy, self._endpoint, before_commit=self._hook, read_only_if=lambda s: self._of(s).read_only
+            )
+            for kind in KINDS
+        }
         self._outliving: set[asyncio.Task[None]] = set()
         self._contexts: list[weakref.ref[Any]] = []
         self._sessions: list[weakref.ref[AsyncSession]] = []
@@ -232,7 +263,7 @@ class Soak:
 
     async def _app(self, scope: Any, receive: Any, send: Any) -> None:
         """The outermost ASGI layer, around the middleware: it records what the server receives."""
-        plan = self._plans[int(scope["query_string"])]
+        plan = self._of(scope)
         outer = self._backend.current_context()
         token = self._plan.set(plan)
 
@@ -251,6 +282,9 @@ class Soak:
             if self._backend.current_context() is not outer:
                 plan.wrong.append("the context after the request is not the context before it")
 
+    def _of(self, scope: Any) -> Plan:
+        return self._plans[int(scope["query_string"])]
+
     async def _hook(self, _session: AsyncSession) -> None:
         self._plan.get().committing = True
 
@@ -258,8 +292,14 @@ class Soak:
         plan = self._plan.get()
         package = self._ctxalchemy
         self.watch_context()
+        if plan.read_only:
+            return await self._read(plan)
+        first = self._databases[plan.databases[0]]
+        if plan.registers:
+            self._register(plan)
+        if plan.sets:
+            await package.set_local(first, {SETTING: plan.setting})
         if plan.gathers:
-            first = self._databases[plan.databases[0]]
             one, two = await asyncio.gather(package.db_session(first), package.db_session(first))
             if one is not two:
                 plan.wrong.append("the request has two sessions for one database")
@@ -268,6 +308,9 @@ class Soak:
                 name = plan.name(f"{index} {number}")
                 plan.attempted.setdefault(index, []).append(name)
                 await add_note(await package.db_session(self._databases[index]), name)
+        await self._check_setting(plan, await package.db_session(first))
+        if plan.savepoint:
+            await self._run_block(plan)
         last = await package.db_session(self._databases[plan.databases[-1]])
         self._sessions.append(weakref.ref(last))
         if plan.statement:
@@ -289,11 +332,87 @@ class Soak:
             partial(self._background, plan) if plan.after and not plan.after.endswith("stream") else None,
         )
 
+    def _register(self, plan: Plan) -> None:
+        db = self._databases[plan.databases[0]]
+
+        def after_commit() -> None:
+            plan.committed += 1
+            self.happened["callbacks of on_commit"] += 1
+
+        async def after_commit_async() -> None:
+            after_commit()
+            name = plan.name("callback")
+            plan.may.add(name)
+            await add_note(await self._ctxalchemy.db_session(db), name)
+
+        def after_rollback() -> None:
+            plan.rolled_back += 1
+            self.happened["callbacks of on_rollback"] += 1
+
+        is_async = plan.registers == "an async function" and not plan.read_only
+        self._ctxalchemy.on_commit(db, after_commit_async if is_async else after_commit)
+        self._ctxalchemy.on_rollback(db, after_rollback)
+        plan.registered = True
+
+    async def _check_setting(self, plan: Plan, session: AsyncSession) -> None:
+        value = await session.scalar(text(f"SELECT coalesce(current_setting('{SETTING}', true), '')"))
+        self.happened["transactions whose settings were checked"] += 1
+        if value != plan.setting:
+            plan.wrong.append(f"a transaction has the setting {value!r} in place of {plan.setting!r}")
+
+    async def _run_block(self, plan: Plan) -> None:
+        """Run a savepoint block.  The ledger does not contain what is undone."""
+        index = plan.databases[-1]
+        name = plan.name(f"{index} {plan.savepoint}")
+        if plan.savepoint == "released":
+            plan.attempted[index].append(name)
+        with contextlib.suppress(UndoneError):
+            async with self._ctxalchemy.atomic_db_session(self._databases[index], "savepoint") as session:
+                await add_note(session, name)
+                if plan.savepoint == "rolled back":
+                    raise UndoneError
+        self.happened[f"savepoint blocks {plan.savepoint}"] += 1
+
+    async def _read(self, plan: Plan) -> Answer:
+        """Serve a read-only request.  The database refuses its write."""
+        plan.databases = [0]  # PgBouncer ignores the setting that refuses writes.
+        db = self._databases[0]
+        if plan.registers:
+            self._register(plan)
+        if plan.sets:
+            await self._ctxalchemy.set_local(db, {SETTING: plan.setting})
+        session = await self._ctxalchemy.db_session(db)
+        self._sessions.append(weakref.ref(session))
+        await count_notes(session)
+        await self._check_setting(plan, session)
+        await asyncio.sleep(plan.idle)
+        if plan.ending == "raises":
+            raise LookupError("in the endpoint")
+        try:
+            await add_note(session, plan.name("read-only"))
+        except DBAPIError as error:
+            if "read-only transaction" not in str(error):
+                raise
+        self.happened["read-only requests"] += 1
+        return Answer(
+            404 if plan.ending == "handled" else 200,
+            self._read_stream(plan) if plan.after.endswith("stream") else None,
+        )
+
+    async def _read_stream(self, plan: Plan) -> AsyncIterator[bytes]:
+        for number in range(3):
+            session = await self._ctxalchemy.db_session(self._databases[0])
+            yield str(await count_notes(session)).encode()
+            await self._check_setting(plan, session)
+            if plan.after == "broken stream" and number == 1:
+                raise LookupError("in the stream")
+
     async def _stream(self, plan: Plan) -> AsyncIterator[bytes]:
         db = self._databases[plan.databases[0]]
         for number in range(3):
             session = await self._ctxalchemy.db_session(db)
             yield str(await count_notes(session)).encode()
+            await self._check_setting(plan, session)
             name = plan.name(f"stream {number}")
             plan.may.add(name)
             await add_note(session, name)
@@ -323,13 +442,28 @@ class Soak:
         name = plan.name("outliving")
 
         async def write() -> None:
-            await add_note(await package.db_session(db), name)
+            session = await package.db_session(db)
+            await self._check_setting(plan, session)
+            await add_note(session, name)
+
+        @package.in_new_ctx(attempts=3)  # type: ignore[untyped-decorator]
+        async def write_serializably() -> None:
+            self.happened["attempts of functions"] += 1
+            session = await package.db_session(db)
+            await session.connection(execution_options={"isolation_level": "SERIALIZABLE"})
+            await count_notes(session)
+            await write()
 
         await asyncio.sleep(plan.idle + plan.statement)
         try:
             if plan.outliving == "in a new context":
                 plan.may.add(name)
                 await package.run_in_new_ctx(write)
+                plan.must.add(name)
+            elif plan.outliving == "with attempts":
+                plan.may.add(name)
+                await write_serializably()
+                self.happened["functions with attempts that returned"] += 1
                 plan.must.add(name)
             elif plan.outliving == "in the same session":
                 plan.may.add(name)
@@ -339,6 +473,9 @@ class Soak:
                     await asyncio.sleep(0.001)
                 await write()
                 plan.wrong.append("db_session made a session in a closed context")
+        except IntegrityError as error:
+            # A function ran again although its first attempt was committed.
+            plan.wrong.append(f"a task that outlived its request wrote twice: {error!r}")
         except package.ContextClosedError:
             self.happened["outlived their request: ContextClosedError"] += 1
         except Exception:
@@ -353,6 +490,8 @@ class Soak:
             await asyncio.sleep(0.005)
         outliving, self._outliving = self._outliving, set()
         await asyncio.gather(*outliving)
+        for plan in self._plans.values():
+            self._check_callbacks(plan)
         must: set[str] = set()
         may: set[str] = set()
         for plan in self._plans.values():
@@ -369,7 +508,7 @@ class Soak:
         assert must <= notes, f"{where}: not committed: {self._describe(must - notes)}"
         assert notes <= must | may, f"{where}: not rolled back: {self._describe(notes - must - may)}"
         backends = len(await self._schema.backends())
-        assert backends <= 2 * (POOL["pool_size"] + POOL["max_overflow"]), f"{where}: {backends} server processes"
+        assert backends <= 3 * (POOL["pool_size"] + POOL["max_overflow"]), f"{where}: {backends} server processes"
         self.happened["writes that must be committed"] += len(must)
         self.happened["writes that may be committed"] += len(may - must)
 
@@ -400,6 +539,8 @@ class Soak:
         """Assert that no connection is checked out, in a transaction, or assigned to a client by PgBouncer."""
         for db in self._databases:
             assert await checked_out(db) == 0, f"{where}: a connection is still checked out"
+        reads = await pool_of_reads(self._ctxalchemy, self._databases[0])
+        assert reads.checkedout() == 0, f"{where}: a read-only connection is still checked out"
         if not await self._schema.has_no_open_transaction():
             raise AssertionError(f"{where}: a transaction is still open: {await self._schema.activity()}")
         if self._pooled is not None:
@@ -443,9 +584,24 @@ class Soak:
         elif plan.committing and not isinstance(error, IntegrityError):
             # Cancelled or disconnected during COMMIT: the outcome is unknown.
             may |= written
-        if plan.after == "at the end" and plan.status == 200 and error is None:
+        if plan.committed and not plan.read_only:
+            must |= set(plan.attempted[plan.databases[0]])
+        if plan.after == "at the end" and plan.status == 200 and error is None and not plan.read_only:
             must.add(plan.name("background"))
         return must, may
+
+    def _check_callbacks(self, plan: Plan) -> None:
+        if not plan.registered:
+            return
+        calls = (plan.committed, plan.rolled_back)
+        if plan.status is not None and plan.status < 400:
+            expected = [(1, 0)]
+        elif plan.status == 404:
+            expected = [(0, 1)]
+        else:
+            expected = [(1, 0), (0, 1)]
+        if calls not in expected:
+            plan.wrong.append(f"the callbacks were called {calls} times, in place of {expected}")
 
     def _describe(self, notes: set[str]) -> str:
         return "; ".join(f"{note} of {self._plans.get(int(note[:3]))}" for note in sorted(notes)[:5])
