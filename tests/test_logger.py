@@ -14,7 +14,7 @@ import pytest
 from sqlalchemy import text
 from support.apps import Answer, bare_app, call
 from support.faults import sleeping
-from support.schema import Schema, add_note
+from support.schema import Schema, add_note, count_notes
 from support.waiting import eventually
 
 if TYPE_CHECKING:
@@ -158,3 +158,15 @@ async def test_warning_names_the_task_that_uses_the_session(
     assert warning.levelno == logging.WARNING
     assert "rolled back or closed while the task 'report' (test_warning_names_the_task" in warning.getMessage()
     assert "run_in_new_ctx()" in warning.getMessage()
+
+
+async def test_interrupted_response_is_not_logged_if_nothing_is_rolled_back(
+    ctxalchemy: ModuleType, db: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def app(_scope: Any, _receive: Any, send: Any) -> None:
+        await count_notes(await ctxalchemy.db_session(db))
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"the first part", "more_body": True})
+
+    await call(ctxalchemy.ASGIHTTPDBSessionMiddleware(app))
+    assert [record for record in caplog.records if record.name == "ctxalchemy"] == []
