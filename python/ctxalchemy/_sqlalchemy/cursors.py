@@ -15,7 +15,7 @@ from sqlalchemy.exc import InvalidRequestError
 from .._errors import see
 
 if TYPE_CHECKING:
-    from sqlalchemy import Connection, Dialect, PoolProxiedConnection
+    from sqlalchemy import Dialect, PoolProxiedConnection
 
 
 _FETCHES = "ctxalchemy: fetches"
@@ -87,6 +87,9 @@ class ServerSideCursor:
                 on_fetch(-1)
 
 
-def is_fetching(connection: Connection) -> bool:
-    """Return whether a task is fetching rows from a server-side cursor.  asyncpg holds no lock for this."""
-    return bool((connection.connection.record_info or {}).get(_FETCHES))
+def is_fetching(record_info: dict[Any, Any] | None) -> bool:
+    """Return whether a task is fetching rows from a server-side cursor of the connection with this ``record_info``.
+
+    asyncpg holds no lock for this.  A detached connection has no ``record_info``.
+    """
+    return record_info is not None and bool(record_info.get(_FETCHES))

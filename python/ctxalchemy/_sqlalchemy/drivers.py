@@ -25,6 +25,7 @@ from .internals import await_only, has_waiters, in_greenlet, statement_lock
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Dialect, PoolProxiedConnection
+    from sqlalchemy.pool import ManagesConnection
 
 CANCEL_TIMEOUT = 2.0
 """Seconds for the server to cancel a statement: as long as SQLAlchemy waits for asyncpg to close a connection."""
@@ -53,22 +54,29 @@ _CONNECTION_ENDED = frozenset({1053, 1927, 3169, 4031})
 
 def is_in_use(connection: Connection) -> bool:
     """Return whether a task is executing a statement on the connection, or is waiting to execute one."""
-    lock = _statement_lock(connection)
-    return lock is not None and (lock.locked() or has_waiters(lock))
+    return is_taken(lock_of(connection.dialect, connection.connection))
 
 
 def is_executing(connection: Connection) -> bool:
     """Return whether a task is executing a statement on the connection."""
-    lock = _statement_lock(connection)
+    lock = lock_of(connection.dialect, connection.connection)
     return lock is not None and lock.locked()
 
 
-def _statement_lock(connection: Connection) -> asyncio.Lock | None:
-    """Return the lock that is held from before the implicit BEGIN to the end of each statement, if there is one."""
-    if connection.dialect.driver == "psycopg":
+def is_taken(lock: asyncio.Lock | None) -> bool:
+    """Return whether a task has acquired the lock of a connection, or is waiting for it."""
+    return lock is not None and (lock.locked() or has_waiters(lock))
+
+
+def lock_of(dialect: Dialect, connection: ManagesConnection) -> asyncio.Lock | None:
+    """Return the lock that is held from before the implicit BEGIN to the end of each statement, if there is one.
+
+    A connection has the same lock as long as it exists.
+    """
+    if dialect.driver == "psycopg":
         # SQLAlchemy's adapter for psycopg also has a lock, but never acquires it.
-        return getattr(connection.connection.driver_connection, "lock", None)
-    return statement_lock(connection)
+        return getattr(connection.driver_connection, "lock", None)
+    return statement_lock(connection.dbapi_connection)
 
 
 def reports_in_use(error: BaseException) -> bool:

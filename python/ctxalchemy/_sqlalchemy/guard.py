@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from functools import partial
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 from weakref import ref
 
 from sqlalchemy import Connection, Engine, PoolProxiedConnection, event
 from sqlalchemy.exc import InvalidRequestError, OperationalError
 
 from .._errors import see
-from .cursors import guard_cursors
+from .cursors import guard_cursors, is_fetching
 from .drivers import (
     ROLLBACK_ON_TIMEOUT,
     cancel_abandoned_statement,
@@ -28,7 +29,10 @@ from .drivers import (
     error_of_aborted_psycopg,
     error_of_commit,
     is_executing,
+    is_in_use,
     is_refusal,
+    is_taken,
+    lock_of,
     may_end_transaction,
     must_begin_before_savepoint,
 )
@@ -37,7 +41,7 @@ from .internals import await_only, in_greenlet
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from sqlalchemy import ExceptionContext
+    from sqlalchemy import Dialect, ExceptionContext
     from sqlalchemy.ext.asyncio import AsyncEngine
     from sqlalchemy.pool import ConnectionPoolEntry, ManagesConnection
 
@@ -65,6 +69,8 @@ class _State:
     """What is known about one connection to the server."""
 
     pool_entry: ConnectionPoolEntry
+    lock: asyncio.Lock | None
+    """The lock that is held while a statement is executed."""
     failed: ref[PoolProxiedConnection] | None = None
     """The last checkout during which a statement failed: the transaction of this checkout may be aborted."""
     ended: _Ended | None = None
@@ -75,8 +81,8 @@ class _State:
 
 def watch(engine: AsyncEngine) -> None:
     """Track the state of each connection of this engine."""
-    if not event.contains(engine.sync_engine, "connect", _on_connect):
-        event.listen(engine.sync_engine, "connect", _on_connect)
+    if not event.contains(engine.sync_engine, "invalidate", _on_invalidate):
+        event.listen(engine.sync_engine, "connect", partial(_on_connect, engine.dialect))
         event.listen(engine.sync_engine, "invalidate", _on_invalidate)
         event.listen(engine.sync_engine, "handle_error", _on_error)
         # Any: the methods of the dialect are replaced.
@@ -197,9 +203,9 @@ def _first_row(proxied: PoolProxiedConnection) -> Sequence[Any] | None:
         cursor.close()
 
 
-def _on_connect(_dbapi_connection: object, pool_entry: ConnectionPoolEntry) -> None:
+def _on_connect(dialect: Dialect, _dbapi_connection: object, pool_entry: ConnectionPoolEntry) -> None:
     if pool_entry.record_info is not None:
-        pool_entry.record_info[_KEY] = _State(pool_entry)
+        pool_entry.record_info[_KEY] = _State(pool_entry, lock_of(dialect, pool_entry))
 
 
 def _on_invalidate(_dbapi_connection: object, pool_entry: ConnectionPoolEntry, _error: object) -> None:
@@ -253,35 +259,49 @@ def watch_commits(target: Connection | Engine) -> None:
         event.listen(target, "rollback", wait_until_terminated)
 
 
-def raise_if_aborted(connection: Connection) -> None:
-    """Raise if the transaction of this connection, which is not invalidated, can no longer be committed."""
+def is_committable(connection: Connection) -> bool:
+    """Return False if another task is using this connection, which is not invalidated.
+
+    Raise if its transaction can no longer be committed.
+    """
+    # Each commit comes here.  SQLAlchemy runs code for each access to ``connection`` and ``record_info``.
     proxied = connection.connection
-    state = _state(proxied)
-    _raise_if_terminated(connection, state)
-    if connection.dialect.name != "postgresql":
-        error = _error_of_commit(proxied, lambda: connection.exec_driver_sql(ROLLBACK_ON_TIMEOUT).first())
-        if error is not None:
-            raise OperationalError("COMMIT", None, error)
-        return
-    if state is None or (state.failed is not None and state.failed() is proxied):
+    record_info = proxied.record_info
+    state: _State | None = None if record_info is None else record_info.get(_KEY)
+    if (is_in_use(connection) if state is None else is_taken(state.lock)) or is_fetching(record_info):
+        return False
+    if state is not None:
+        if state.invalidated or not _is_pooled(state, proxied):
+            _raise_terminated(connection)
+        if state.failed is None or state.failed() is not proxied:
+            return True
+    # Not a watched connection, or a statement has failed.
+    if connection.dialect.name == "postgresql":
         # In an aborted transaction, any statement but ROLLBACK fails.  Only the server knows whether the transaction is
         # aborted: a savepoint may have handled the error.
         connection.exec_driver_sql("SELECT 1")
+    else:
+        error = _error_of_commit(proxied, lambda: connection.exec_driver_sql(ROLLBACK_ON_TIMEOUT).first())
+        if error is not None:
+            raise OperationalError("COMMIT", None, error)
+    return True
 
 
 def raise_if_terminated(connection: Connection) -> None:
     """Raise if the connection was terminated during the transaction, which asyncpg does not report at COMMIT."""
     if not connection.invalidated:
-        _raise_if_terminated(connection, _state(connection.connection))
+        proxied = connection.connection
+        state = _state(proxied)
+        if state is not None and (state.invalidated or not _is_pooled(state, proxied)):
+            _raise_terminated(connection)
 
 
-def _raise_if_terminated(connection: Connection, state: _State | None) -> None:
-    if state is not None and (state.invalidated or not _is_pooled(state, connection)):
-        wait_until_terminated(connection)
-        raise InvalidRequestError(
-            "this transaction cannot be committed: its connection was closed while the transaction was open"
-            + see("what-happens-when.md")
-        )
+def _raise_terminated(connection: Connection) -> NoReturn:
+    wait_until_terminated(connection)
+    raise InvalidRequestError(
+        "this transaction cannot be committed: its connection was closed while the transaction was open"
+        + see("what-happens-when.md")
+    )
 
 
 def wait_until_terminated(connection: Connection) -> None:
@@ -298,8 +318,9 @@ def wait_until_terminated(connection: Connection) -> None:
 
 def is_being_terminated(connection: Connection) -> bool:
     """Return whether another task has begun to terminate the connection, and has not finished."""
-    state = _state(connection.connection)
-    return state is not None and state.invalidated and _is_pooled(state, connection)
+    proxied = connection.connection
+    state = _state(proxied)
+    return state is not None and state.invalidated and _is_pooled(state, proxied)
 
 
 def invalidate(connection: Connection) -> None:
@@ -309,10 +330,11 @@ def invalidate(connection: Connection) -> None:
         cancel_statement(connection)
     if connection.closed or connection.invalidated:
         return  # The task that was using the connection has closed it meanwhile.
-    state, dbapi_connection = _state(connection.connection), connection.connection.dbapi_connection
-    if state is not None and dbapi_connection is not None and not _is_pooled(state, connection):
+    proxied = connection.connection
+    state = _state(proxied)
+    if state is not None and proxied.dbapi_connection is not None and not _is_pooled(state, proxied):
         # The pool no longer has this connection, and would not close it.
-        connection.dialect.do_terminate(dbapi_connection)
+        connection.dialect.do_terminate(proxied.dbapi_connection)
     connection.invalidate()
 
 
@@ -321,6 +343,6 @@ def _state(managed: ManagesConnection) -> _State | None:
     return (managed.record_info or {}).get(_KEY)
 
 
-def _is_pooled(state: _State, connection: Connection) -> bool:
+def _is_pooled(state: _State, proxied: PoolProxiedConnection) -> bool:
     """Return whether the pool still has this connection, and not a new one in its place."""
-    return state.pool_entry.dbapi_connection is connection.connection.dbapi_connection
+    return state.pool_entry.dbapi_connection is proxied.dbapi_connection

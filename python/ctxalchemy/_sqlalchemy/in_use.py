@@ -27,7 +27,7 @@ IN_USE_TIMEOUT = 1.0
 
 def is_in_use(connection: Connection) -> bool:
     """Return whether a task is executing a statement on the connection, or fetching its rows, or waiting to execute."""
-    return drivers.is_in_use(connection) or is_fetching(connection)
+    return drivers.is_in_use(connection) or is_fetching(connection.connection.record_info)
 
 
 def warn_in_use(session: Session) -> None:

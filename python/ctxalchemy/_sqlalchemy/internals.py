@@ -123,15 +123,15 @@ def set_isolation_level_of_new_connections(dialect: Dialect, level: IsolationLev
 
 
 def is_modified(session: Session) -> bool:
-    """Return whether the session may have changes that were not flushed: ``Session._is_clean``.
+    """Return whether ``Session.flush()`` would do something: ``Session._is_clean``, ``Session._flushing``.
 
-    An attribute that was set to the value that it had counts as a change.  The public ``new``, ``dirty`` and
-    ``deleted`` build a set each.  Checked with 2.0.56 to 2.1.9.
+    An attribute that was set to the value that it had counts as a change.  During a flush of another task, the method
+    raises an error.  The public ``new``, ``dirty`` and ``deleted`` build a set each.  Checked with 2.0.56 to 2.1.9.
     """
-    return not session._is_clean()
+    return session._flushing or not session._is_clean()
 
 
-def statement_lock(connection: Connection) -> asyncio.Lock | None:
+def statement_lock(dbapi_connection: object) -> asyncio.Lock | None:
     """Return the lock of SQLAlchemy's adapter that serializes statements: ``_execute_mutex``.
 
     The adapter holds the lock from before the implicit BEGIN to the end of each statement.  There is no public way to
@@ -140,7 +140,7 @@ def statement_lock(connection: Connection) -> asyncio.Lock | None:
     Returns:
         None for aiosqlite before SQLAlchemy 2.1 (the thread of aiosqlite serializes statements) and for oracledb.
     """
-    return getattr(connection.connection.dbapi_connection, "_execute_mutex", None)
+    return getattr(dbapi_connection, "_execute_mutex", None)
 
 
 def has_waiters(lock: asyncio.Lock) -> bool:

@@ -23,7 +23,7 @@ from .._shield import Cleanup, add_note, raise_all
 from . import is_async_session
 from .drivers import is_refusal, reports_in_use
 from .gate import Gate
-from .guard import invalidate, is_rolled_back, raise_if_aborted, wait_until_terminated
+from .guard import invalidate, is_committable, is_rolled_back, wait_until_terminated
 from .in_use import IN_USE_TIMEOUT, InUseError, is_in_use, warn_in_use
 from .internals import (
     await_only,
@@ -263,6 +263,8 @@ def _prepare(session: AsyncSession) -> bool:
 
 
 def _flush(session: AsyncSession) -> bool:
+    if is_async_session(session) and not is_modified(session.sync_session):
+        return True
     return _attempt(session, lambda: _call(session, "flush"))
 
 
@@ -313,12 +315,10 @@ def _is_committable(connections: list[tuple[Connection, bool]]) -> bool:
 
     Raise if the commit would be a success to the driver, and not to the database.
     """
-    for connection, _ in connections:
+    for connection, _ in connections:  # noqa: SIM110 - all() takes a generator, which costs as much as a fifth of this.
         # The commit raises for an invalidated connection.
-        if not connection.invalidated:
-            if is_in_use(connection):
-                return False
-            raise_if_aborted(connection)
+        if not connection.invalidated and not is_committable(connection):
+            return False
     return True
 
 
