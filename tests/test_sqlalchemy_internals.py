@@ -165,7 +165,7 @@ async def test_adapter_of_asyncpg_is_locked_while_a_statement_is_executed(schema
 )
 async def test_adapter_of_aiosqlite_is_locked_while_a_statement_is_executed() -> None:
     """``_execute_mutex``, as for asyncpg."""
-    why = "drivers.is_in_use checks this lock to detect that a task is executing a statement"
+    why = "drivers.lock_of returns this lock to detect that a task is executing a statement"
     slow = text(
         "WITH RECURSIVE c (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c WHERE n < 1000000) SELECT max(n) FROM c"
     )
@@ -192,7 +192,7 @@ async def test_connection_of_psycopg_is_locked_while_a_statement_is_executed(sch
 
 
 async def _assert_locked_in_a_statement(schema: Schema, connection: Any, lock: Any) -> None:
-    why = "drivers.is_in_use checks this lock to detect that a task is executing a statement"
+    why = "drivers.lock_of returns this lock to detect that a task is executing a statement"
     assert isinstance(lock, asyncio.Lock), why
     assert not lock.locked(), why
     task = asyncio.create_task(connection.execute(text("SELECT pg_sleep(0.3)")))
@@ -212,7 +212,7 @@ async def _is_sleeping(schema: Schema) -> Any:
 
 async def test_lock_lists_the_tasks_that_wait_for_it() -> None:
     """``asyncio.Lock._waiters``: a lock that is passed to the next task is not locked until that task runs."""
-    why = "drivers.is_in_use checks _waiters to detect that a task is waiting to execute a statement"
+    why = "drivers.is_taken checks _waiters to detect that a task is waiting to execute a statement"
     lock: Any = asyncio.Lock()
     assert not lock._waiters, why
     await lock.acquire()

@@ -52,11 +52,6 @@ _CONNECTION_ENDED = frozenset({1053, 1927, 3169, 4031})
 # --- is the connection in use? -----------------------------------------------------------------------
 
 
-def is_in_use(connection: Connection) -> bool:
-    """Return whether a task is executing a statement on the connection, or is waiting to execute one."""
-    return is_taken(lock_of(connection.dialect, connection.connection))
-
-
 def is_executing(connection: Connection) -> bool:
     """Return whether a task is executing a statement on the connection."""
     lock = lock_of(connection.dialect, connection.connection)
@@ -343,7 +338,7 @@ def cancel_statement(connection: Connection) -> None:
         # is garbage-collected.
         if pgconn := getattr(driver_connection, "pgconn", None):
             pgconn.finish()
-    elif is_in_use(connection):
+    elif is_taken(lock_of(connection.dialect, connection.connection)):
         if hasattr(driver_connection, "cancel_safe"):
             _await_quietly(_cancel_psycopg(driver_connection))
         elif hasattr(driver_connection, "interrupt"):

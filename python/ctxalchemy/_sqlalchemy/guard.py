@@ -29,7 +29,6 @@ from .drivers import (
     error_of_aborted_psycopg,
     error_of_commit,
     is_executing,
-    is_in_use,
     is_refusal,
     is_taken,
     lock_of,
@@ -259,6 +258,17 @@ def watch_commits(target: Connection | Engine) -> None:
         event.listen(target, "rollback", wait_until_terminated)
 
 
+def is_in_use(connection: Connection) -> bool:
+    """Return whether a task is executing a statement on the connection, or fetching its rows, or waiting to execute."""
+    record_info = connection.connection.record_info
+    return _is_in_use(connection, record_info, None if record_info is None else record_info.get(_KEY))
+
+
+def _is_in_use(connection: Connection, record_info: dict[Any, Any] | None, state: _State | None) -> bool:
+    lock = lock_of(connection.dialect, connection.connection) if state is None else state.lock
+    return is_taken(lock) or is_fetching(record_info)
+
+
 def is_committable(connection: Connection) -> bool:
     """Return False if another task is using this connection, which is not invalidated.
 
@@ -268,7 +278,7 @@ def is_committable(connection: Connection) -> bool:
     proxied = connection.connection
     record_info = proxied.record_info
     state: _State | None = None if record_info is None else record_info.get(_KEY)
-    if (is_in_use(connection) if state is None else is_taken(state.lock)) or is_fetching(record_info):
+    if _is_in_use(connection, record_info, state):
         return False
     if state is not None:
         if state.invalidated or not _is_pooled(state, proxied):

@@ -1,4 +1,4 @@
-"""A session that several tasks use at once: is it in use, how long does a commit wait, and which tasks are using it."""
+"""A session that several tasks use at once: how long does a commit wait, and which tasks are using the session."""
 
 from __future__ import annotations
 
@@ -11,23 +11,15 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from .._errors import see
 from .._frames import frames
 from .._logging import logger, task_name
-from . import drivers
-from .cursors import is_fetching
 
 if TYPE_CHECKING:
     from types import FrameType
 
-    from sqlalchemy import Connection
     from sqlalchemy.orm import Session
 
 
 IN_USE_TIMEOUT = 1.0
 """Seconds for which a commit waits until another task has executed its statement."""
-
-
-def is_in_use(connection: Connection) -> bool:
-    """Return whether a task is executing a statement on the connection, or fetching its rows, or waiting to execute."""
-    return drivers.is_in_use(connection) or is_fetching(connection.connection.record_info)
 
 
 def warn_in_use(session: Session) -> None:

@@ -23,8 +23,8 @@ from .._shield import Cleanup, add_note, raise_all
 from . import is_async_session
 from .drivers import is_refusal, reports_in_use
 from .gate import Gate
-from .guard import invalidate, is_committable, is_rolled_back, wait_until_terminated
-from .in_use import IN_USE_TIMEOUT, InUseError, is_in_use, warn_in_use
+from .guard import invalidate, is_committable, is_in_use, is_rolled_back, wait_until_terminated
+from .in_use import IN_USE_TIMEOUT, InUseError, warn_in_use
 from .internals import (
     await_only,
     close_idle,

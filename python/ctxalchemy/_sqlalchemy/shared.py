@@ -32,7 +32,7 @@ from .._errors import see
 from .._frames import awaited_line, current_line
 from .._logging import task_name
 from .drivers import check_deferred_constraints
-from .in_use import is_in_use
+from .guard import is_in_use
 from .internals import await_only, in_greenlet
 
 if TYPE_CHECKING:
