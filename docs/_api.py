@@ -1,7 +1,8 @@
 """Render the docstrings and the signatures of the package.
 
 The docstring parser accepts only the plural heading ``Examples:``. A function that ``asynccontextmanager`` decorates
-is shown as an async context manager, and not as an async function that returns an iterator.
+is shown as an async context manager, and not as an async function that returns an iterator. The attributes of modules
+that have a description are types.
 """
 
 from __future__ import annotations
@@ -15,6 +16,11 @@ class Api(griffe.Extension):
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring is not None:
             obj.docstring.value = obj.docstring.value.replace("\nExample:\n", "\nExamples:\n")
+
+    def on_attribute(self, *, attr: griffe.Attribute, **_: Any) -> None:
+        if "module-attribute" in attr.labels and attr.docstring is not None:
+            attr.labels.remove("module-attribute")
+            attr.labels.add("type")
 
     def on_function(self, *, func: griffe.Function, **_: Any) -> None:
         returns = func.returns

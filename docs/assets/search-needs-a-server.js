@@ -1,7 +1,8 @@
-// A browser does not start the search of a page that was opened as a file. Say so in the search field.
+// A browser does not start the search of a page that was opened as a file. The theme then hides the search field.
 if (location.protocol === "file:") {
-  for (const input of document.querySelectorAll(".md-search__input")) {
-    input.disabled = true;
-    input.placeholder = "To search: make docs-serve";
-  }
+  const hint = document.createElement("p");
+  hint.className = "search-hint";
+  hint.textContent = "To search: make docs-serve";
+  document.querySelector(".md-search").after(hint);
+  document.querySelector(".md-header__button[for=__search]").remove();
 }

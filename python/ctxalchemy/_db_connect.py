@@ -29,8 +29,11 @@ if TYPE_CHECKING:
     from ._sqlalchemy.shared import SharedConnection
 
 EngineCreator = Callable[[str], AsyncEngine]
+"""A function that receives the host and returns the engine for this host."""
 SessionMakerCreator = Callable[[AsyncEngine], async_sessionmaker[AsyncSession]]
+"""A function that receives the engine and returns the session maker of this engine."""
 BeforeCreateSessionHandler = Callable[["DBConnect"], Awaitable[None]]
+"""An async function that is awaited with the ``DBConnect`` before a session is created, and may change its host."""
 
 # Hosts, ports, paths of sockets: no user and no options.
 _WITHOUT_PASSWORD = re.compile(r"[\w.,:/\[\]-]+")
