@@ -38,6 +38,26 @@ def _cell(value: float | None, best: float | None, digits: int) -> str:
     return f"**{text}**" if value == best else text
 
 
+# A chart has a background of its own, so that it can be read on a page in either scheme.
+STYLE = """\
+<style>
+.page { fill: #fff; }
+text { fill: #1f2328; stroke: #fff; stroke-width: 4px; paint-order: stroke; }
+.ours { fill: #2563eb; }
+.others { fill: #94a3b8; }
+.baseline { fill: #cbd5e1; }
+line { stroke: #94a3b8; }
+@media (prefers-color-scheme: dark) {
+.page { fill: #0d1117; }
+text { fill: #e6edf3; stroke: #0d1117; }
+.ours { fill: #3b82f6; }
+.others { fill: #64748b; }
+.baseline { fill: #475569; }
+}
+</style>
+"""
+
+
 def chart(title: str, groups: Rows, digits: int, unit: float | None = None) -> str:
     """Return an SVG chart with bars for each group.
 
@@ -53,21 +73,22 @@ def chart(title: str, groups: Rows, digits: int, unit: float | None = None) -> s
         y += step
         longest = max(row.values()) if unit is None else longest_of_all
         for name, value in sorted(row.items(), key=lambda entry: entry[1]):
-            colour = "#2563eb" if name in OURS else "#cbd5e1" if is_baseline(name) else "#94a3b8"
+            kind = "ours" if name in OURS else "baseline" if is_baseline(name) else "others"
             size = max(1, round(width * max(value, 0) / longest))
             lines += [
                 f'<text x="{left - 8}" y="{y}" text-anchor="end">{escape(name)}</text>',
-                f'<rect x="{left}" y="{y - 12}" width="{size}" height="15" fill="{colour}"/>',
+                f'<rect x="{left}" y="{y - 12}" width="{size}" height="15" class="{kind}"/>',
                 f'<text x="{left + size + 6}" y="{y}">{value:,.{0 if value >= 100 else digits}f}</text>',
             ]
             y += step
         y += step // 2
     if unit is not None:
         x = left + round(width * unit / longest_of_all)
-        lines.insert(1, f'<line x1="{x}" y1="{top}" x2="{x}" y2="{y - step}" stroke="#cbd5e1"/>')
+        lines.insert(1, f'<line x1="{x}" y1="{top}" x2="{x}" y2="{y - step}"/>')
     body = "\n".join(lines)
+    across = left + width + 80
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 80}" height="{y}" '
-        'font-family="system-ui, sans-serif" font-size="13">\n<rect width="100%" height="100%" fill="white"/>\n'
-        f"{body}\n</svg>\n"
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {across} {y}" width="{across}" height="{y}" '
+        f'font-family="system-ui, sans-serif" font-size="13">\n{STYLE}'
+        f'<rect width="100%" height="100%" class="page"/>\n{body}\n</svg>\n'
     )

@@ -100,11 +100,6 @@ def text(interpreter: str, parts: Parts) -> str:
 
 
 def svg(parts: Parts) -> str:
-    """Return the chart: instructions of the requests in process, CPU time over HTTP, and latency."""
-    in_process = set(REQUESTS)
-    groups = {
-        f"{each.request}: {each.measure}": each.ratios
-        for each in lines(parts)
-        if each.measure == INSTRUCTIONS or each.request not in in_process
-    }
+    """Return the chart: requests over HTTP and over a network, without those that were measured in process."""
+    groups = {f"{each.request}: {each.measure}": each.ratios for each in lines(parts) if each.request not in REQUESTS}
     return chart(TITLE, groups, 2, unit=1)
