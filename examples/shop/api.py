@@ -27,7 +27,7 @@ async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         yield
 
 
-# FastAPI's pages at /docs and /redoc load scripts from another host. The page at / works without the internet.
+# FastAPI's pages at /docs and /redoc load scripts from another host. The page here works without the internet.
 app = FastAPI(title="A small shop on ctxalchemy", lifespan=lifespan, docs_url=None, redoc_url=None)
 add_fastapi_http_db_session_middleware(app)
 app.add_middleware(DeadlineMiddleware)
@@ -45,6 +45,7 @@ async def respond_to_conflict(_request: Request, _error: IntegrityError) -> JSON
 
 
 @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+@app.get("/docs", response_class=HTMLResponse, include_in_schema=False)
 async def show_endpoints() -> str:
     """List the endpoints, each with its description."""
     rows = "".join(
