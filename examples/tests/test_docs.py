@@ -77,6 +77,14 @@ async def test_code_of_page_runs(page: Path, page_folder: Path) -> None:
         assert sources(page_folder) <= shown, f"{where}: the page does not show {sources(page_folder) - shown}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
+def test_code_of_page_can_be_pasted_into_a_file(page: Path) -> None:
+    """The tests may await outside a function, and a reader may not."""
+    for block in BLOCK.finditer(page.read_text(encoding="utf-8")):
+        if block["language"] == "python" and not block["reason"]:
+            compile(inspect.cleandoc("\n" + block["code"]), page.name, "exec")
+
+
 def test_code_of_readme_runs(page_folder: Path) -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     titled = {block["title"]: block["code"] for block in BLOCK.finditer(text) if block["title"]}
