@@ -1,1 +1,1 @@
-"""A small service in several frameworks, in plain ASGI and as a command line.  Run each from the parent folder."""
+"""A small service in several frameworks, and in plain ASGI: each file is complete.  Also a worker and replicas."""

@@ -1,19 +1,31 @@
-"""ASGI without a framework: ``uvicorn frameworks.with_asgi:app``."""
-
-from __future__ import annotations
+"""A service with ASGI, without a framework."""
 
 import json
+import os
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 from urllib.parse import parse_qs
 
-from ctxalchemy import ASGIHTTPDBSessionMiddleware
+from ctxalchemy import ASGIHTTPDBSessionMiddleware, DBConnect, db_session, new_non_ctx_atomic_session
+from sqlalchemy import select
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from . import notes
+db = DBConnect.from_url(os.environ.get("DATABASE_URL", "sqlite+aiosqlite:///notes.sqlite3"))
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+
+
+class Base(DeclarativeBase): ...
+
+
+class Note(Base):
+    __tablename__ = "notes"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    text: Mapped[str] = mapped_column(unique=True)
 
 
 async def serve(scope: Message, receive: Receive, send: Send) -> None:
@@ -21,31 +33,50 @@ async def serve(scope: Message, receive: Receive, send: Send) -> None:
     if scope["type"] == "lifespan":
         await handle_lifespan(receive, send)
     elif scope["type"] == "http":
-        status, content = await respond(scope)
-        headers = [(b"content-type", b"application/json")]
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": json.dumps(content).encode()})
+        try:
+            await respond(send, *await handle_request(scope))
+        except IntegrityError:  # Raised by a statement, or by the commit in place of the response.
+            await respond(send, 409, {"detail": "this note exists already"})
 
 
 async def handle_lifespan(receive: Receive, send: Send) -> None:
-    while (message := await receive())["type"] == "lifespan.startup":
-        await notes.start()
+    assert (await receive())["type"] == "lifespan.startup"
+    async with db:
+        async with new_non_ctx_atomic_session(db) as session:
+            await (await session.connection()).run_sync(Base.metadata.create_all)
         await send({"type": "lifespan.startup.complete"})
-    assert message["type"] == "lifespan.shutdown"
-    await notes.stop()
+        assert (await receive())["type"] == "lifespan.shutdown"
     await send({"type": "lifespan.shutdown.complete"})
 
 
-async def respond(scope: Message) -> tuple[int, object]:
-    if scope["path"] != "/notes":
-        return 404, "the only path is /notes"
-    if scope["method"] != "POST":
-        return 200, await notes.list_notes()
-    query = parse_qs(scope["query_string"].decode(), keep_blank_values=True)
-    try:
-        return 201, await notes.add_note(query["text"][0])
-    except ValueError as error:
-        return 400, str(error)
+async def handle_request(scope: Message) -> tuple[int, object]:
+    match scope["method"], scope["path"]:
+        case "POST", "/notes":
+            query = parse_qs(scope["query_string"].decode(), keep_blank_values=True)
+            return await add_note(query["text"][0])
+        case "GET", "/notes":
+            return 200, await list_notes()
+        case _:
+            return 404, {"detail": "the only path is /notes"}
+
+
+async def add_note(text: str) -> tuple[int, object]:
+    session = await db_session(db)
+    session.add(Note(text=text))  # The middleware flushes and commits, before the client receives the 201.
+    if not text:
+        return 400, {"detail": "a note must have a text"}  # The status 400 rolls back.
+    return 201, {"text": text}
+
+
+async def list_notes() -> list[str]:
+    session = await db_session(db)
+    return list(await session.scalars(select(Note.text).order_by(Note.id)))
+
+
+async def respond(send: Send, status: int, content: object) -> None:
+    headers = [(b"content-type", b"application/json")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": json.dumps(content).encode()})
 
 
 app = ASGIHTTPDBSessionMiddleware(serve)

@@ -1,33 +1,62 @@
-"""Litestar: ``uvicorn frameworks.with_litestar:app``."""
+"""A service with Litestar."""
 
-from __future__ import annotations
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
-from ctxalchemy import ASGIHTTPDBSessionMiddleware
-from litestar import Litestar, get, post
-from litestar.exceptions import HTTPException
+from ctxalchemy import ASGIHTTPDBSessionMiddleware, DBConnect, db_session, new_non_ctx_atomic_session
+from litestar import Litestar, Response, get, post
+from litestar.exceptions import ClientException
 from litestar.middleware import DefineMiddleware
 from litestar.params import FromQuery
+from sqlalchemy import select
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from . import notes
+db = DBConnect.from_url(os.environ.get("DATABASE_URL", "sqlite+aiosqlite:///notes.sqlite3"))
+
+
+class Base(DeclarativeBase): ...
+
+
+class Note(Base):
+    __tablename__ = "notes"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    text: Mapped[str] = mapped_column(unique=True)
+
+
+@asynccontextmanager
+async def lifespan(_app: Litestar) -> AsyncIterator[None]:
+    async with db:
+        async with new_non_ctx_atomic_session(db) as session:
+            await (await session.connection()).run_sync(Base.metadata.create_all)
+        yield
 
 
 @post("/notes")
-async def add_note(text: FromQuery[str]) -> int:
-    try:
-        return await notes.add_note(text)
-    except ValueError as error:
-        raise HTTPException(str(error), status_code=400) from error
+async def add_note(text: FromQuery[str]) -> dict[str, str]:
+    session = await db_session(db)
+    session.add(Note(text=text))  # The middleware commits before the client receives the 201.
+    await session.flush()
+    if not text:
+        raise ClientException("a note must have a text")  # The status 400 rolls back.
+    return {"text": text}
 
 
 @get("/notes")
 async def list_notes() -> list[str]:
-    return await notes.list_notes()
+    session = await db_session(db)
+    return list(await session.scalars(select(Note.text).order_by(Note.id)))
 
 
-# Litestar adds ASGI middleware with DefineMiddleware.
+def conflict(_request: object, _error: IntegrityError) -> Response[dict[str, str]]:
+    return Response({"detail": "this note exists already"}, status_code=409)
+
+
 app = Litestar(
     [add_note, list_notes],
     middleware=[DefineMiddleware(ASGIHTTPDBSessionMiddleware)],
-    on_startup=[notes.start],
-    on_shutdown=[notes.stop],
+    exception_handlers={IntegrityError: conflict},
+    lifespan=[lifespan],
 )

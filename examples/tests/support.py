@@ -1,4 +1,4 @@
-"""A client for an application, in the process of the tests."""
+"""Clients for applications, in the process of the tests."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import asyncio
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
+from aiohttp.test_utils import TestServer
 from httpx import ASGITransport, AsyncClient
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+
+    from aiohttp import web
 
 
 @asynccontextmanager
@@ -27,3 +30,10 @@ async def client_of(app: Any) -> AsyncIterator[AsyncClient]:
     assert (await from_app.get())["type"] == "lifespan.shutdown.complete"
     task.cancel()
     await asyncio.wait([task])
+
+
+@asynccontextmanager
+async def client_over_tcp(app: web.Application) -> AsyncIterator[AsyncClient]:
+    """Serve an application of aiohttp, which is not ASGI, on a free port, and yield a client for it."""
+    async with TestServer(app) as server, AsyncClient(base_url=str(server.make_url("/"))) as client:
+        yield client
