@@ -62,16 +62,16 @@ async def test_code_of_page_runs(page: Path, page_folder: Path) -> None:
         if block["reason"]:
             continue
         code = block["hidden"] or inspect.cleandoc("\n" + block["code"])
-        if "--8<--" in code:
-            continue  # The block includes a file of the examples, which have their own tests.
         target = namespace
         if block["title"]:
             shown.add(block["title"])
             path = page_folder / block["title"]
-            path.write_text(code, encoding="utf-8")
-            if path.suffix != ".py":
+            path.write_text(with_snippets(code), encoding="utf-8")
+            if path.suffix != ".py" or "--8<--" in code:
                 continue
             target = module(path.stem, path)
+        if "--8<--" in code:
+            continue  # The block includes a file of the examples, which have their own tests.
         assert block["hidden"] or block["language"] == "python", f"{where}: neither Python nor marked as not run"
         await run("\n" * line + code, str(page), target)
         assert sources(page_folder) <= shown, f"{where}: the page does not show {sources(page_folder) - shown}"
@@ -121,6 +121,16 @@ def test_documentation_pages_named_in_errors_exist() -> None:
         headings = re.findall(r"^#+ (.+)$", (DOCS / page).read_text(encoding="utf-8"), re.MULTILINE)
         slugs = [re.sub(r"[^\w]+", "-", heading.lower()).strip("-") for heading in headings]
         assert not anchor or anchor in slugs, f"{page}#{anchor}"
+
+
+def with_snippets(code: str) -> str:
+    """Return the code with the files that it includes, as the page shows it."""
+    return re.sub(
+        r'^--8<-- "(.+)"$',
+        lambda included: (ROOT / included[1]).read_text(encoding="utf-8"),
+        code,
+        flags=re.MULTILINE,
+    )
 
 
 def sources(folder: Path) -> set[str]:
