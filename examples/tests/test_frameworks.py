@@ -5,31 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from aiohttp import web
-from ctxalchemy import new_non_ctx_atomic_session
-from sqlalchemy import inspect, text
 
-from .support import client_of, client_over_tcp
+from .support import FRAMEWORKS, client_for, client_of, defer_unique_constraint, texts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from contextlib import AbstractAsyncContextManager
-
-    from ctxalchemy import DBConnect
-    from httpx import AsyncClient
 
 # A warning of advanced-alchemy.
 pytestmark = pytest.mark.filterwarnings("ignore:The declarative_mixin:sqlalchemy.exc.SADeprecationWarning")
-
-FRAMEWORKS = [
-    "with_fastapi",
-    "with_starlette",
-    "with_asgi",
-    "with_litestar",
-    "with_advanced_alchemy",
-    "with_quart",
-    "with_aiohttp",
-]
 
 
 @pytest.fixture
@@ -37,27 +20,6 @@ def load(load_example: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) ->
     """Import a module of the frameworks again, with a new database."""
     monkeypatch.setenv("REPLICAS", "127.0.0.1,localhost")
     return lambda name: load_example(f"frameworks.{name}")
-
-
-def client_for(app: Any) -> AbstractAsyncContextManager[AsyncClient]:
-    return client_over_tcp(app) if isinstance(app, web.Application) else client_of(app)
-
-
-async def texts(client: AsyncClient) -> list[str]:
-    notes = (await client.get("/notes")).json()
-    return [note if isinstance(note, str) else note["text"] for note in notes]
-
-
-async def defer_unique_constraint(db: DBConnect) -> None:
-    """Let PostgreSQL check at the COMMIT that the notes are unique."""
-    async with new_non_ctx_atomic_session(db) as session:
-        inspector = await (await session.connection()).run_sync(
-            lambda connection: inspect(connection).get_unique_constraints("notes")
-        )
-        name = inspector[0]["name"]
-        await session.execute(
-            text(f"ALTER TABLE notes DROP CONSTRAINT {name}, ADD UNIQUE (text) DEFERRABLE INITIALLY DEFERRED")
-        )
 
 
 @pytest.mark.parametrize("name", FRAMEWORKS)
