@@ -1,5 +1,6 @@
 """The SQLAlchemy session of the current request, anywhere in an async service."""
 
+from . import _fork as _fork
 from ._api import (
     CurrentTransaction,
     atomic_db_session,

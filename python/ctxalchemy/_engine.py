@@ -77,6 +77,16 @@ class LoopEngine:
         if self._is_real:
             self.engine.sync_engine.dispose(close=False)
 
+    def leave_to_parent(self) -> object:
+        """Give the engine an empty pool, in a forked child process: a creator may return the same engine again.
+
+        Returns:
+            The pool of the parent.
+        """
+        pool = self.engine.sync_engine.pool if self._is_real else None
+        self.discard()
+        return pool
+
     async def remove_idle(self) -> list[Closing]:
         """Empty the pool without waiting for the server.  Return how to close the connections that were in it."""
         if not self._is_real:

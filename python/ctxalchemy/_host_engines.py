@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from threading import Lock
+from weakref import WeakSet
 
 from ._engine import LoopEngine, close_connections
 from ._shield import raise_all
@@ -30,6 +31,7 @@ class HostEngines:
         self._lock = Lock()
         self._engines: dict[asyncio.AbstractEventLoop, LoopEngine] = {}
         self._retired: list[LoopEngine] = []
+        all_host_engines.add(self)
 
     def __iter__(self) -> Iterator[LoopEngine]:
         return iter(list(self._engines.values()))
@@ -111,6 +113,19 @@ class HostEngines:
             self._retire(engines)
         return engines, earlier
 
+    def leave_to_parent(self) -> list[object]:
+        """Forget all engines, in a forked child process.
+
+        Returns:
+            What the child must never free.
+        """
+        self._lock = Lock()  # Another thread of the parent may have held the lock.
+        inherited: list[object] = [self._retired]
+        for each in self._engines.values():
+            inherited += [each, each.leave_to_parent()]
+        self._engines, self._retired = {}, []
+        return inherited
+
     def _retire(self, engines: list[LoopEngine]) -> None:
         """Keep these engines until their connections are closed, and forget those that have nothing to close."""
         self._retired = [each for each in self._retired if not each.is_over()] + engines
@@ -119,6 +134,10 @@ class HostEngines:
         # An engine keeps its loop alive, so that weak references to the loops would not help.
         for loop in [loop for loop in self._engines if loop.is_closed()]:
             del self._engines[loop]
+
+
+all_host_engines: WeakSet[HostEngines] = WeakSet()
+"""The engines of all databases, for a forked child process."""
 
 
 async def close(engines: list[LoopEngine], earlier: list[LoopEngine]) -> None:

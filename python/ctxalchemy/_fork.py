@@ -1,0 +1,31 @@
+"""In a forked child process: use no context, no session and no connection of the parent.
+
+A child shares the sockets of its parent.  A statement that the child sends on such a socket runs in the transaction of
+the parent, or breaks its connection.
+"""
+
+from __future__ import annotations
+
+import os
+from contextvars import Token
+
+from ._backend import current_context
+from ._host_engines import all_host_engines
+
+_inherited: list[object] = []
+"""Sessions and engines of the parent.  If they were freed, their drivers would close connections, and an event loop
+that shares its epoll instance with the parent would stop to watch the sockets of the parent."""
+
+
+def _leave_to_parent() -> None:
+    store = current_context()
+    while store is not None:
+        _inherited.append(store.close())
+        outer = None if store.token is None else store.token.old_value
+        store = None if outer is Token.MISSING else outer
+    for engines in list(all_host_engines):
+        _inherited.extend(engines.leave_to_parent())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_to_parent)
