@@ -414,9 +414,7 @@ async def test_processes_do_not_share_connections_that_were_opened_before_the_fo
 
 
 @asynccontextmanager
-async def own_protocol(
-    database_url: str, **environment: str
-) -> AsyncIterator[Callable[[str], Coroutine[Any, Any, str]]]:
+async def own_protocol(database_url: str, seconds: str) -> AsyncIterator[Callable[[str], Coroutine[Any, Any, str]]]:
     """Serve the protocol.  Yield a function that sends one request on a new connection."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
