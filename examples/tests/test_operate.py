@@ -537,3 +537,24 @@ async def test_first_migration_is_generated(alembic_folder: Path, observer: asyn
     status, output = await run(*ALEMBIC, "upgrade", "head")
     assert status == 0, output
     assert await observer.fetch("SELECT id, text FROM notes") == []
+
+
+UPGRADE = """
+import sys
+
+from alembic import command
+from alembic.config import Config
+
+config = Config("alembic.ini")
+config.set_main_option("sqlalchemy.url", sys.argv[1])
+command.upgrade(config, "head")
+"""
+
+
+async def test_tests_migrate_the_database_that_they_name(
+    alembic_folder: Path, database_url: str, observer: asyncpg.Connection
+) -> None:
+    (alembic_folder / "migrations/versions/first.py").write_text(FIRST, encoding="utf-8")
+    status, output = await run("-c", UPGRADE, database_url, DATABASE_URL="postgresql+asyncpg://127.0.0.1:1/other")
+    assert status == 0, output
+    assert await observer.fetchval("SELECT version_num FROM alembic_version") == "1"
