@@ -25,7 +25,7 @@ LINTERS := ruff-check ruff-format mypy pyright stubtest verifytypes check-workfl
 
 .DEFAULT_GOAL := help
 .PHONY: help test test-lowest test-all coverage wheels memcheck asan lint hooks format docs docs-serve examples demo \
-	serve soak bench bench-gate bench-gate-update clean $(LINTERS)
+	serve soak failover bench bench-gate bench-gate-update clean $(LINTERS)
 
 help:  ## List the targets.
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' Makefile | \
@@ -114,6 +114,11 @@ soak:  ## Inject random faults for MINUTES=10 on each backend. ARGS="--seed 7" r
 	@$(SET_UP) --need-native test
 	@$(POSTGRES) $(PGBOUNCER) $(VENV_PYTHON) tests/soak.py --backend native --minutes $(MINUTES) $(ARGS)
 	@$(POSTGRES) $(PGBOUNCER) $(VENV_PYTHON) tests/soak.py --backend python --minutes $(MINUTES) $(ARGS)
+
+failover:  ## Kill and silence a primary under load, promote its standby, and check every write. ARGS="--rounds 5" repeats it.
+	@$(SET_UP) --need-native test
+	@$(VENV_PYTHON) tests/failover.py --backend native $(ARGS)
+	@$(VENV_PYTHON) tests/failover.py --backend python $(ARGS)
 
 bench:  ## Run the benchmarks and write bench/REPORT.md and bench/TARGETS.md. ARGS="--quick micro" runs a part of them.
 	@$(SET_UP) --need-native bench

@@ -17,7 +17,8 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, InvalidRequestError, Oper
 from sqlalchemy.ext.asyncio import AsyncSession
 from support.apps import Answer, build, call, client_of
 from support.faults import assert_whole
-from support.schema import add_note, checked_out, watched
+from support.schema import add_note, checked_out, count_notes, watched
+from support.waiting import eventually
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from support.mariadb import MariaDBSchema
 
 ROLLED_BACK = "the database rolled it back"
+RUNNING = "SELECT 1 FROM information_schema.processlist WHERE db = '{}' AND info LIKE 'SELECT sleep%'"
 
 
 @pytest.fixture
@@ -499,4 +501,57 @@ async def test_connection_that_is_killed_in_a_statement_fails_the_commit(
 
     with pytest.raises((DBAPIError, InvalidRequestError)):
         await ctxalchemy.run_in_new_ctx(work)
+    await assert_whole(ctxalchemy, schema, db, notes=[])
+
+
+# --- what else differs from PostgreSQL ---------------------------------------------------------------
+
+
+async def test_ddl_commits_the_transaction(ctxalchemy: ModuleType, schema: MariaDBSchema, db: Any) -> None:
+    async def endpoint() -> Answer:
+        session = await ctxalchemy.db_session(db)
+        await add_note(session, "committed by the DDL")
+        await session.execute(text("CREATE TABLE other (name varchar(50))"))
+        await add_note(session, "rolled back")
+        return Answer(400)
+
+    assert (await call(build("asgi", ctxalchemy, endpoint)))[0]["status"] == 400
+    assert await schema.fetch(f"SHOW TABLES FROM {schema.name} LIKE 'other'")
+    await assert_whole(ctxalchemy, schema, db, notes=["committed by the DDL"])
+
+
+@pytest.mark.parametrize("read_only", [False, True], ids=["ordinary", "read-only"])
+async def test_statements_of_a_transaction_share_a_snapshot_and_those_of_a_read_only_context_do_not(
+    ctxalchemy: ModuleType, schema: MariaDBSchema, db: Any, read_only: bool
+) -> None:
+    async with ctxalchemy.new_ctx(read_only=read_only):
+        session = await ctxalchemy.db_session(db)
+        assert await count_notes(session) == 0
+        await schema.execute(f"INSERT INTO {schema.name}.note VALUES ('later')")
+        assert await count_notes(session) == int(read_only)
+
+
+async def test_statement_of_a_cancelled_request_goes_on_on_the_server_and_its_connection_is_invalidated(
+    ctxalchemy: ModuleType, schema: MariaDBSchema, db: Any
+) -> None:
+    async def work() -> None:
+        session = await ctxalchemy.db_session(db)
+        await add_note(session, "rolled back")
+        await session.execute(text("SELECT sleep(30)"))
+
+    async def sleeps() -> bool:
+        return bool(await schema.fetch(RUNNING.format(schema.name)))
+
+    task = asyncio.create_task(ctxalchemy.run_in_new_ctx(work))
+    assert await eventually(sleeps)
+    before = await schema.pids()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(task, 5)
+    assert await checked_out(db) == 0
+    async with ctxalchemy.new_non_ctx_session(db) as session:
+        assert await session.scalar(text("SELECT connection_id()")) not in before
+    assert await sleeps()
+    for pid in before:
+        await schema.execute(f"KILL {pid}")
     await assert_whole(ctxalchemy, schema, db, notes=[])
