@@ -25,7 +25,7 @@ LINTERS := ruff-check ruff-format mypy pyright stubtest verifytypes check-workfl
 
 .DEFAULT_GOAL := help
 .PHONY: help test test-lowest test-all coverage wheels memcheck asan lint hooks format docs docs-serve examples demo \
-	serve soak failover bench bench-gate bench-gate-update clean $(LINTERS)
+	serve soak failover bench bench-connections bench-gate bench-gate-update clean $(LINTERS)
 
 help:  ## List the targets.
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' Makefile | \
@@ -123,6 +123,10 @@ failover:  ## Kill and silence a primary under load, promote its standby, and ch
 bench:  ## Run the benchmarks and write bench/REPORT.md and bench/TARGETS.md. ARGS="--quick micro" runs a part of them.
 	@$(SET_UP) --need-native bench
 	@$(POSTGRES) $(VENV_PYTHON) -m bench $(ARGS)
+
+bench-connections:  ## Count the server connections of four workers, with and without PgBouncer.
+	@$(SET_UP) --need-native bench
+	@$(POSTGRES) $(PGBOUNCER) $(VENV_PYTHON) -m bench.connections
 
 bench-gate:  ## Fail if the hot path or a request executes more instructions than committed for this Python.
 	@$(SET_UP) --need-native bench

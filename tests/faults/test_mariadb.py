@@ -10,6 +10,7 @@ import asyncio
 import sys
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import pytest
 from sqlalchemy import text
@@ -520,27 +521,41 @@ async def test_ddl_commits_the_transaction(ctxalchemy: ModuleType, schema: Maria
     await assert_whole(ctxalchemy, schema, db, notes=["committed by the DDL"])
 
 
-@pytest.mark.parametrize("read_only", [False, True], ids=["ordinary", "read-only"])
-async def test_statements_of_a_transaction_share_a_snapshot_and_those_of_a_read_only_context_do_not(
-    ctxalchemy: ModuleType, schema: MariaDBSchema, db: Any, read_only: bool
+async def test_statements_of_a_transaction_share_a_snapshot(
+    ctxalchemy: ModuleType, schema: MariaDBSchema, db: Any
 ) -> None:
-    async with ctxalchemy.new_ctx(read_only=read_only):
-        session = await ctxalchemy.db_session(db)
-        assert await count_notes(session) == 0
-        await schema.execute(f"INSERT INTO {schema.name}.note VALUES ('later')")
-        assert await count_notes(session) == int(read_only)
+    async with ctxalchemy.new_ctx():
+        assert not await sees_a_note_that_is_committed_meanwhile(ctxalchemy, schema, db)
+    async with ctxalchemy.new_ctx(read_only=True):
+        assert await sees_a_note_that_is_committed_meanwhile(ctxalchemy, schema, db)
+    async with (
+        watched(schema.db(ctxalchemy, isolation_level="READ COMMITTED")) as read_committed_db,
+        ctxalchemy.new_ctx(),
+    ):
+        assert await sees_a_note_that_is_committed_meanwhile(ctxalchemy, schema, read_committed_db)
+        await ctxalchemy.rollback_db_session(read_committed_db)
 
 
-async def test_statement_of_a_cancelled_request_goes_on_on_the_server_and_its_connection_is_invalidated(
+async def sees_a_note_that_is_committed_meanwhile(ctxalchemy: ModuleType, schema: MariaDBSchema, db: Any) -> bool:
+    session = await ctxalchemy.db_session(db)
+    before = await count_notes(session)
+    await schema.execute(f"INSERT INTO {schema.name}.note VALUES ('{uuid4()}')")
+    return await count_notes(session) > before
+
+
+async def test_statement_of_a_cancelled_request_is_executed_to_its_end_on_another_connection(
     ctxalchemy: ModuleType, schema: MariaDBSchema, db: Any
 ) -> None:
     async def work() -> None:
         session = await ctxalchemy.db_session(db)
         await add_note(session, "rolled back")
-        await session.execute(text("SELECT sleep(30)"))
+        await session.execute(text("SELECT sleep(3)"))
 
     async def sleeps() -> bool:
         return bool(await schema.fetch(RUNNING.format(schema.name)))
+
+    async def has_ended() -> bool:
+        return not await sleeps()
 
     task = asyncio.create_task(ctxalchemy.run_in_new_ctx(work))
     assert await eventually(sleeps)
@@ -552,6 +567,13 @@ async def test_statement_of_a_cancelled_request_goes_on_on_the_server_and_its_co
     async with ctxalchemy.new_non_ctx_session(db) as session:
         assert await session.scalar(text("SELECT connection_id()")) not in before
     assert await sleeps()
-    for pid in before:
-        await schema.execute(f"KILL {pid}")
+    assert await eventually(has_ended)
+    await assert_whole(ctxalchemy, schema, db, notes=[])
+
+
+async def test_server_limits_the_time_of_a_statement(ctxalchemy: ModuleType, schema: MariaDBSchema, db: Any) -> None:
+    async with ctxalchemy.new_non_ctx_session(db) as session:
+        await session.execute(text("SET SESSION max_statement_time = 0.2"))
+        with pytest.raises(DBAPIError, match="max_statement_time exceeded"):
+            await session.execute(text("SELECT sleep(5), name FROM counter"))
     await assert_whole(ctxalchemy, schema, db, notes=[])
