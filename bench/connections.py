@@ -61,8 +61,8 @@ async def limit_pgbouncer(url: str) -> None:
     console.terminate()
 
 
-def dsn_of(url: str, **parts: str) -> str:
-    return make_url(url).set(drivername="postgresql", **parts).render_as_string(hide_password=False)
+def dsn_of(url: str, database: str | None = None) -> str:
+    return make_url(url).set(drivername="postgresql", database=database).render_as_string(hide_password=False)
 
 
 async def measure(url: str, way: str, server_url: str) -> tuple[int, float]:
