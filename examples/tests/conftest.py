@@ -50,6 +50,6 @@ def load_example(database_url: str, monkeypatch: pytest.MonkeyPatch) -> Callable
     """Import a module of the examples again, with a new database."""
     monkeypatch.setenv("DATABASE_URL", database_url)
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    for name in [name for name in sys.modules if name.partition(".")[0] in ("frameworks", "jobs")]:
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("frameworks", "jobs", "recipes")]:
         monkeypatch.delitem(sys.modules, name)
     return importlib.import_module

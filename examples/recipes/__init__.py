@@ -1,0 +1,1 @@
+"""Services that use ctxalchemy together with other libraries.  Each file is complete."""
