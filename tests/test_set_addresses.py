@@ -27,9 +27,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def set_addresses(checkout: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, checkout / SCRIPT, REPOSITORY], check=False, capture_output=True, text=True
-    )
+    return subprocess.run([sys.executable, checkout / SCRIPT, REPOSITORY], check=False, capture_output=True, text=True)
 
 
 def test_readme_links_to_files_of_the_version(checkout: Path) -> None:
