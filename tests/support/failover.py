@@ -125,10 +125,11 @@ class Service:
     async def running(self) -> AsyncIterator[str]:
         """Serve it over TCP, and yield its URL."""
         app = Starlette(routes=[Route("/notes/{id}", self._write, methods=["PUT"])])
+        middleware = self._ctxalchemy.ASGIHTTPDBSessionMiddleware(app)
         hosts = (PRIMARY, STANDBY) if self._way == "monitor" else ()
         monitors = [asyncio.create_task(self._monitor(host)) for host in hosts]
         try:
-            async with self.db, serve(self._ctxalchemy.ASGIHTTPDBSessionMiddleware(app)) as url:
+            async with self.db, serve(middleware, timeout_graceful_shutdown=5) as url:
                 yield url
         finally:
             for monitor in monitors:
