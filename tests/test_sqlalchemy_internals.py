@@ -362,6 +362,19 @@ async def test_session_is_not_clean_if_it_has_changes(engine: AsyncEngine) -> No
         assert not session.sync_session._is_clean(), why
 
 
+async def test_session_is_flushing_during_a_flush(engine: AsyncEngine) -> None:
+    """``Session._flushing``."""
+    why = "internals.is_modified checks it"
+    flushing: list[bool] = []
+    async with AsyncSession(engine) as session:
+        event.listen(session.sync_session, "before_flush", lambda session, *_: flushing.append(session._flushing))
+        session.add(Note(name="pending"))
+        assert not session.sync_session._flushing, why
+        await session.flush()
+        assert flushing == [True], why
+        assert not session.sync_session._flushing, why
+
+
 async def test_a_session_refuses_to_begin_again_in_a_begin_block(engine: AsyncEngine) -> None:
     """``Session._trans_context_manager``."""
     why = "internals.leave_begin_block sets it to None"
