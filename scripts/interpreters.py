@@ -1,7 +1,7 @@
 """Find the Python interpreters on this machine: those of pyenv and those on PATH; the newest of each kind.
 
-If the environment variable PYTHONS is set, only the commands that it lists are used. ``:`` separates the commands:
-``PYTHONS=python3.13:/opt/pypy/bin/pypy3``.
+If the environment variable PYTHONS is set, only the commands that it lists are used. Set it for an interpreter in any
+other folder. ``:`` separates the commands: ``PYTHONS=python3.13:/opt/free-threaded/bin/python3.14t``.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ Each combination has its own environment, into which the package is installed fr
 native wheel, or the pure wheel if the interpreter has no native module. Tests that cannot run with an interpreter are
 skipped. The reasons are printed below the table.
 
-A free-threaded interpreter runs all tests with the GIL, because a release of greenlet that does not support free
-threading enables the GIL. The tests that need no database run once more without the GIL.
+A free-threaded interpreter runs without the GIL, even if a module asks for the GIL. On free-threaded 3.13, only the
+tests that need no database run.
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / ".cache" / "test-all"
 SQLALCHEMY = {"2.0": "sqlalchemy<2.1", "2.1": "sqlalchemy>=2.1"}
 LOWEST = "lowest"
-# The tests of the native module with threads. They need no database.
-WITHOUT_GIL = [f"tests/test_{name}.py" for name in ("threads", "native_awaitable", "isolated", "parity_of_objects")]
+# The tests that run where greenlet crashes. They need no database.
+WITHOUT_GREENLET = [
+    f"tests/test_{name}.py" for name in ("threads", "native_awaitable", "isolated", "parity_of_objects")
+]
 OLDEST_CPYTHON = f"cpython{'.'.join(map(str, OLDEST))}"
 # The lower bound of a requirement and the other bounds. A marker after ";" is not matched.
 FLOOR = re.compile(r">=([^,;\s]+)[^;]*")
@@ -78,17 +80,12 @@ def main() -> None:
         for version in versions:
             say(f"{interpreter.name}, {'the lowest versions' if version == LOWEST else f'SQLAlchemy {version}'}")
             python = environment(interpreter, folder / version, wheel, requirements(interpreter, version))
-            suffix = f", {LOWEST}" if version == LOWEST else ""
-            runs = {"": ["-Xgil=1"], ", no GIL": ["-Xgil=0"]} if interpreter.free_threaded else {suffix: list[str]()}
-            if interpreter.without_greenlet is not None:
-                del runs[""]
-            for name, python_options in runs.items():
-                log = folder / f"{version}{name}.log"
-                tests = [*(WITHOUT_GIL if interpreter.free_threaded and name else []), *for_pytest]
-                found, passed = run_tests(python, python_options, tests, log, interpreter, name)
-                rows += found
-                all_passed = all_passed and passed
-                print(rows[0], *found, sep="\n", flush=True)
+            name = f"{interpreter.name}{f', {LOWEST}' if version == LOWEST else ''}"
+            tests = [*(WITHOUT_GREENLET if interpreter.without_greenlet is not None else []), *for_pytest]
+            found, passed = run_tests(python, tests, folder / f"{version}.log", interpreter, name)
+            rows += found
+            all_passed = all_passed and passed
+            print(rows[0], *found, sep="\n", flush=True)
     if len(rows) == 1:
         sys.exit(f"No test was run. The lowest versions are tested with {OLDEST_CPYTHON}, which was not found.")
     print("\nAll runs:", *rows, *notes, sep="\n")
@@ -134,9 +131,7 @@ def environment(interpreter: Interpreter, folder: Path, wheel: Path, needs: list
     return python
 
 
-def run_tests(
-    python: Path, python_options: list[str], tests: list[str], log: Path, interpreter: Interpreter, name: str
-) -> tuple[list[Row], bool]:
+def run_tests(python: Path, tests: list[str], log: Path, interpreter: Interpreter, name: str) -> tuple[list[Row], bool]:
     # Test the installed package: neither PYTHONPATH nor CTXALCHEMY_BACKEND may change what the tests import.
     variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "CTXALCHEMY_BACKEND")}
     url, driver, options = variables["TEST_DATABASE_URL"], "asyncpg", list[str]()
@@ -148,7 +143,7 @@ def run_tests(
     plugins = ["-p", "tests.support.both_backends", "-p", "no:cacheprovider"]
     command: list[str | Path] = [
         python,
-        *python_options,
+        *(["-Xgil=0"] if interpreter.free_threaded else []),
         "-m",
         "pytest",
         "-q",
@@ -164,13 +159,13 @@ def run_tests(
     log.write_text(result.stdout, encoding="utf-8")
     version = output(python, "-c", "import sqlalchemy; print(sqlalchemy.__version__)")
     rows = [
-        Row(interpreter.name + name, version, driver, backend, passed, failed, skipped, seconds)
+        Row(name, version, driver, backend, passed, failed, skipped, seconds)
         for backend, passed, failed, skipped in COUNTS.findall(result.stdout)
     ]
     if result.returncode or not rows:
         print(result.stdout[-4000:])
         failure = f"pytest failed with exit status {result.returncode}: see {log.relative_to(ROOT)}"
-        rows.append(Row(interpreter.name + name, version, driver, failure))
+        rows.append(Row(name, version, driver, failure))
     return rows, result.returncode == 0
 
 

@@ -10,7 +10,7 @@ use pyo3::sync::PyOnceLock;
 use pyo3::types::PyDict;
 use pyo3::{Borrowed, IntoPyObjectExt, intern};
 
-use super::immortal::{Immortal, immortalize};
+use super::immortal::{Immortal, share};
 use super::outcome::{Argument, Outcome, into_raw};
 use super::types::{NO_GETTER, NO_MEMBER, NO_METHOD, getter, method, new_type, offset, slot, table};
 
@@ -89,11 +89,10 @@ pub fn function<'py, const N: usize, B: Body<N>>(reference: &Bound<'py, PyAny>) 
     }
     // Users of either backend find the function in this module, and `pickle` does so too.
     function.setattr("__module__", "ctxalchemy")?;
-    // SAFETY: this thread has created the object.  No other thread can find an object that the garbage collector does
-    // not track.
+    // SAFETY: this thread has created the object, and no other thread uses it yet.  Every field is set.
     unsafe {
-        immortalize(&function);
         ffi::PyObject_GC_Track(function.as_ptr().cast());
+        share(&function);
     }
     Ok(function)
 }

@@ -1,4 +1,4 @@
-//! Objects that live as long as the process.
+//! Objects that all threads use, so that without the GIL the threads would contend for their reference counts.
 
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicPtr, Ordering};
@@ -54,7 +54,7 @@ fn not_initialized() -> Raised {
 ///
 /// # Safety
 /// This thread has created the object, and no other thread uses it yet.
-pub unsafe fn immortalize(object: &Bound<'_, PyAny>) {
+unsafe fn immortalize(object: &Bound<'_, PyAny>) {
     #[cfg(Py_GIL_DISABLED)]
     // SAFETY: no other thread reads or writes these fields, as the caller promises.
     unsafe {
@@ -66,4 +66,25 @@ pub unsafe fn immortalize(object: &Bound<'_, PyAny>) {
     }
     #[cfg(not(Py_GIL_DISABLED))]
     let _ = object;
+}
+
+/// Let the interpreter use an object that the garbage collector tracks without counting references, as it does with
+/// functions written in Python.
+///
+/// # Safety
+/// This thread has created the object, and no other thread uses it yet.
+pub unsafe fn share(object: &Bound<'_, PyAny>) {
+    #[cfg(all(Py_GIL_DISABLED, Py_3_14))]
+    // SAFETY: the function is in the C API from 3.14 on, with this signature, and takes any object.
+    unsafe {
+        unsafe extern "C" {
+            fn PyUnstable_Object_EnableDeferredRefcount(object: *mut ffi::PyObject) -> std::ffi::c_int;
+        }
+        PyUnstable_Object_EnableDeferredRefcount(object.as_ptr());
+    }
+    #[cfg(not(all(Py_GIL_DISABLED, Py_3_14)))]
+    // SAFETY: the caller promises the same.
+    unsafe {
+        immortalize(object);
+    }
 }
