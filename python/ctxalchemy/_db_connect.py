@@ -18,6 +18,7 @@ from ._held import check_seconds, warn_held_connections
 from ._host_engines import HostEngines, close, dispose
 from ._settings import check_names
 from ._shield import add_note, shield
+from ._threads import share
 from ._url import can_share, create_memory_engine, host_in, parse_url, replace_host, shared_memory_url
 
 if TYPE_CHECKING:
@@ -114,6 +115,7 @@ class DBConnect:
         self.read_only_engine_creator = read_only_engine_creator
         self._engines = HostEngines(self._build, host)
         self._read_only_engines = HostEngines(self._build_read_only, read_only_host, default=self._engines)
+        share(self)
 
     @classmethod
     def from_url(

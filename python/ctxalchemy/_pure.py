@@ -15,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from ._create_session import create_session, create_session_nowait, in_event_loop
 from ._db_connect import DBConnect
 from ._errors import closed_context, context_already_open, no_context, other_thread
+from ._threads import share
 
 __all__ = [
     "SessionStore",
@@ -187,6 +188,7 @@ _current: ContextVar[SessionStore | None] = ContextVar("ctxalchemy", default=Non
 _set, _reset = _current.set, _current.reset
 current_context = _current.get
 """Return the current context, open or closed, or None."""
+share(current_context)
 
 
 def open_context(manual: bool = False, read_only: bool = False) -> SessionStore:

@@ -69,6 +69,9 @@ pub struct Coroutine {
     /// Whether the garbage collector tracks the coroutine.
     tracked: AtomicBool,
     finalized: AtomicBool,
+    /// Whether the coroutine has returned a session to an `await`.
+    #[cfg(Py_GIL_DISABLED)]
+    returned: AtomicBool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -132,20 +135,24 @@ impl Coroutine {
             Some(coroutine) => coroutine.as_ptr(),
             None => Self::allocate()?.as_ptr(),
         };
-        // SAFETY: the object is a `Coroutine` that no other code uses, of which `stop_iteration` is set.  Every other
-        // field is set here.  The garbage collector does not track the object yet.
+        // SAFETY: the object is a `Coroutine` that no other code uses, of which `stop_iteration` is set, and without the
+        // GIL also the kept database.  Every other field is set here.  The garbage collector does not track the object
+        // yet.  Dropping the database that was kept may run Python code, but after every field is set.
         unsafe {
-            (&raw mut (*coroutine).connect).write(connect.to_owned().into());
+            let unused = kept_connect::set(coroutine, connect);
             (&raw mut (*coroutine).awaited).write(Locked::new(None));
             (&raw mut (*coroutine).weakrefs).write(UnsafeCell::new(ptr::null_mut()));
             (&raw mut (*coroutine).state).write(AtomicU8::new(State::New as u8));
             (&raw mut (*coroutine).tracked).write(AtomicBool::new(false));
             (&raw mut (*coroutine).finalized).write(AtomicBool::new(false));
+            #[cfg(Py_GIL_DISABLED)]
+            (&raw mut (*coroutine).returned).write(AtomicBool::new(false));
+            drop(unused);
             Ok(Bound::from_owned_ptr(py, coroutine.cast()))
         }
     }
 
-    /// A new object, of which only `stop_iteration` is set.
+    /// A new object, of which only `stop_iteration` is set, and without the GIL that no database is kept.
     fn allocate() -> Result<NonNull<Self>, Raised> {
         let class = TYPE.get()?;
         // SAFETY: the objects of this type are as large as a `Coroutine`, and the field is a part of the new object.
@@ -153,6 +160,7 @@ impl Coroutine {
             let object = ffi::PyObject_GC_New::<Self>(class.as_ptr());
             let coroutine = NonNull::new(object).ok_or(Raised::by_interpreter())?;
             (&raw mut (*coroutine.as_ptr()).stop_iteration).write(ReusableStopIteration::new());
+            kept_connect::init(coroutine.as_ptr());
             Ok(coroutine)
         }
     }
@@ -317,7 +325,10 @@ impl<'py> Returned<'_, 'py> {
     /// coroutine that is done never runs again.
     #[inline(always)]
     fn raise(self) {
-        Coroutine::fields(self.coroutine).stop_iteration.raise(self.value);
+        let coroutine = Coroutine::fields(self.coroutine);
+        #[cfg(Py_GIL_DISABLED)]
+        coroutine.returned.store(true, Ordering::Relaxed);
+        coroutine.stop_iteration.raise(self.value);
     }
 }
 
@@ -591,6 +602,7 @@ unsafe extern "C" fn dealloc(object: *mut ffi::PyObject) {
     // SAFETY: the interpreter calls this function with the thread attached, and with an object of this type to which
     // there is no reference any more, unless the finalizer creates one.  Each field is moved out and dropped once,
     // before the object becomes a dead one.  A dead object keeps the reference to its type, and a freed one drops it.
+    // Without the GIL, a dead object may keep its database too.
     unsafe {
         if (*coroutine).state.load(Ordering::Relaxed) == State::New as u8
             && ffi::PyObject_CallFinalizerFromDealloc(object) < 0
@@ -605,15 +617,145 @@ unsafe extern "C" fn dealloc(object: *mut ffi::PyObject) {
         if !(*coroutine).weakrefs.get().read().is_null() {
             ffi::PyObject_ClearWeakRefs(object);
         }
-        drop((&raw const (*coroutine).connect).read());
+        kept_connect::keep(coroutine);
         (*coroutine).stop_iteration.recycle(py);
         // The interpreter marks a finalized object, and would never call the finalizer of this object again.
         let finalized = (*coroutine).finalized.load(Ordering::Relaxed);
         if finalized || !FREE_LIST.push(NonNull::new_unchecked(coroutine), py) {
-            (*coroutine).stop_iteration.discard(py);
-            let class = ffi::Py_TYPE(object);
-            ffi::PyObject_GC_Del(object.cast());
-            ffi::Py_DECREF(class.cast());
+            free(coroutine, py);
+        }
+    }
+}
+
+/// Free a dead coroutine.
+///
+/// # Safety
+/// No other code uses the object.
+unsafe fn free(coroutine: *mut Coroutine, py: Python<'_>) {
+    // SAFETY: the caller promises that this code alone uses the object, which owns a reference to its type.
+    unsafe {
+        kept_connect::forget(coroutine);
+        (*coroutine).stop_iteration.discard(py);
+        let class = ffi::Py_TYPE(coroutine.cast());
+        ffi::PyObject_GC_Del(coroutine.cast());
+        ffi::Py_DECREF(class.cast());
+    }
+}
+
+pub use kept_connect::forget_connect;
+
+/// With the GIL, a dead coroutine has no database.
+#[cfg(not(Py_GIL_DISABLED))]
+mod kept_connect {
+    use std::ffi::c_ulong;
+
+    use pyo3::prelude::*;
+
+    use super::{Argument, Coroutine, Object};
+
+    pub unsafe fn init(_: *mut Coroutine) {}
+
+    #[inline(always)]
+    pub unsafe fn set(coroutine: *mut Coroutine, connect: Argument<'_, '_>) -> Option<Object> {
+        // SAFETY: the object is a `Coroutine` that no other code uses.
+        unsafe { (&raw mut (*coroutine).connect).write(connect.to_owned().into()) }
+        None
+    }
+
+    #[inline(always)]
+    pub unsafe fn keep(coroutine: *mut Coroutine) {
+        // SAFETY: the coroutine is dying, and its database is moved out once.
+        drop(unsafe { (&raw const (*coroutine).connect).read() });
+    }
+
+    pub unsafe fn forget(_: *mut Coroutine) {}
+
+    pub fn forget_connect(_: Python<'_>, _: c_ulong) {}
+}
+
+/// Without the GIL, all threads would contend for the reference count of a database, which they share.  Therefore a dead
+/// coroutine in the free list keeps its reference, and the next coroutine of the thread takes over the reference if it
+/// is of the same database.
+///
+/// Only a coroutine that has returned a session keeps the reference: the context of the thread has one as well.  When
+/// the context drops its reference, it calls `forget_connect`.
+#[cfg(Py_GIL_DISABLED)]
+mod kept_connect {
+    use std::ffi::c_ulong;
+    use std::sync::atomic::Ordering;
+
+    use pyo3::prelude::*;
+
+    use super::{Argument, Coroutine, FREE_LIST, Object, free};
+
+    /// The field `connect` of a dead coroutine.
+    ///
+    /// An `Object` is a pointer that is not null, and None is the null pointer: both types have the same layout.
+    ///
+    /// # Safety
+    /// The pointer is to memory of the size of a `Coroutine`.
+    unsafe fn field(coroutine: *mut Coroutine) -> *mut Option<Object> {
+        const { assert!(size_of::<Option<Object>>() == size_of::<Object>()) }
+        // SAFETY: the caller promises the same.
+        unsafe { (&raw mut (*coroutine).connect).cast() }
+    }
+
+    /// # Safety
+    /// The object is a new `Coroutine` that no other code uses.
+    pub unsafe fn init(coroutine: *mut Coroutine) {
+        // SAFETY: the caller promises the same.
+        unsafe { field(coroutine).write(None) }
+    }
+
+    /// Set the database, and return the kept reference if it is to another object.
+    ///
+    /// # Safety
+    /// The object is a dead or new `Coroutine` that no other code uses.
+    #[inline(always)]
+    pub unsafe fn set(coroutine: *mut Coroutine, connect: Argument<'_, '_>) -> Option<Object> {
+        // SAFETY: the caller promises the same.
+        let kept = unsafe { &mut *field(coroutine) };
+        match kept {
+            Some(kept) if kept.is(connect) => None,
+            _ => kept.replace(connect.to_owned().into()),
+        }
+    }
+
+    /// Drop the reference, unless the next coroutine may use it.
+    ///
+    /// # Safety
+    /// The coroutine is dying: no other code uses it.
+    #[inline(always)]
+    pub unsafe fn keep(coroutine: *mut Coroutine) {
+        // SAFETY: the caller promises the same.
+        unsafe {
+            if !(*coroutine).returned.load(Ordering::Relaxed) {
+                forget(coroutine);
+            }
+        }
+    }
+
+    /// Drop the kept reference, if there is one.
+    ///
+    /// # Safety
+    /// The object is a dead or dying `Coroutine` that no other code uses.
+    pub unsafe fn forget(coroutine: *mut Coroutine) {
+        // SAFETY: the caller promises the same.  The reference is moved out, and dropped afterwards.
+        drop(unsafe { (*field(coroutine)).take() });
+    }
+
+    /// Drop the reference that the dead coroutine of the thread with this number keeps.
+    #[cold]
+    pub fn forget_connect(py: Python<'_>, thread: c_ulong) {
+        let thread = thread as usize;
+        if let Some(coroutine) = FREE_LIST.take(thread) {
+            // SAFETY: the list contains dead coroutines, and this thread alone has this one.
+            unsafe {
+                forget(coroutine.as_ptr());
+                if !FREE_LIST.give(thread, coroutine) {
+                    free(coroutine.as_ptr(), py);
+                }
+            }
         }
     }
 }

@@ -154,15 +154,31 @@ mod without_gil {
             Self([const { Entry(AtomicPtr::new(ptr::null_mut())) }; SIZE])
         }
 
-        fn entry(&self) -> &AtomicPtr<T> {
-            &self.0[thread::number() % SIZE].0
+        fn entry(&self, thread: usize) -> &AtomicPtr<T> {
+            &self.0[thread % SIZE].0
+        }
+
+        /// Take the dead object of the thread with this number.
+        #[inline(always)]
+        pub fn take(&self, thread: usize) -> Option<NonNull<T>> {
+            NonNull::new(self.entry(thread).swap(ptr::null_mut(), Ordering::Acquire))
+        }
+
+        /// Give the thread with this number a dead object if the thread has none, and return whether it had none.
+        ///
+        /// # Safety
+        /// The same as for `push`.
+        #[inline(always)]
+        pub unsafe fn give(&self, thread: usize, object: NonNull<T>) -> bool {
+            let entry = self.entry(thread);
+            entry.compare_exchange(ptr::null_mut(), object.as_ptr(), Ordering::Release, Ordering::Relaxed).is_ok()
         }
 
         /// Take a dead object, and make it an object again: with one reference, untracked, its fields as they were.
         #[inline(always)]
         pub fn pop(&self, _: Python<'_>) -> Option<NonNull<T>> {
-            let object = NonNull::new(self.entry().swap(ptr::null_mut(), Ordering::Acquire))?;
-            // SAFETY: only `push` adds objects.  They begin with a `PyObject`, own a reference to their type, and
+            let object = self.take(thread::number())?;
+            // SAFETY: only `give` adds objects.  They begin with a `PyObject`, own a reference to their type, and
             // belong to the list alone.  This thread has just removed this object from the list, and is attached.
             unsafe {
                 let header = object.as_ptr().cast::<ffi::PyObject>();
@@ -181,8 +197,8 @@ mod without_gil {
         /// object.
         #[inline(always)]
         pub unsafe fn push(&self, object: NonNull<T>, _: Python<'_>) -> bool {
-            let entry = self.entry();
-            entry.compare_exchange(ptr::null_mut(), object.as_ptr(), Ordering::Release, Ordering::Relaxed).is_ok()
+            // SAFETY: the caller promises the same.
+            unsafe { self.give(thread::number(), object) }
         }
     }
 }

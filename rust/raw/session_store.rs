@@ -8,6 +8,7 @@ use std::ptr::{self, NonNull};
 use pyo3::ffi;
 use pyo3::prelude::*;
 
+use super::coroutine::forget_connect;
 use super::free_list::FreeList;
 use super::immortal::Immortal;
 use super::locked::Locked;
@@ -29,7 +30,8 @@ pub struct SessionStore {
 struct Contents {
     token: Option<Object>,
     sessions: Slots<Object>,
-    /// The thread of the event loop to which the sessions belong, or `ANY_THREAD`.
+    /// The thread of the event loop to which the sessions belong, or `ANY_THREAD`.  Without the GIL, this is the number
+    /// of the thread in `thread`.
     thread: c_ulong,
     manual: bool,
     /// The sessions are those of the read-only engines.
@@ -131,11 +133,13 @@ impl SessionStore {
                 contents.manual = manual;
                 contents.read_only = read_only;
                 contents.closed = false;
+                let sessions = contents.take_sessions();
                 contents.thread = ANY_THREAD;
-                (contents.sessions.take(), contents.token.take())
+                (sessions, contents.token.take())
             })
         };
-        drop(old);
+        drop(old.0.release(this.py()));
+        drop(old.1);
     }
 
     pub fn is_manual(this: &Bound<'_, Self>) -> bool {
@@ -240,8 +244,12 @@ impl SessionStore {
     /// Remove and return the session of this database.
     pub fn pop<'py>(this: &Bound<'py, Self>, database: Argument<'_, 'py>) -> Option<Bound<'py, PyAny>> {
         // SAFETY: a comparison of pointers runs no Python code.  The pair is moved out.
-        let pair = unsafe { Self::with(this, |contents| contents.sessions.pop(|key| key.is(database))) };
-        pair.map(|(_database, session)| session.into_bound(this.py()))
+        let (pair, thread) =
+            unsafe { Self::with(this, |contents| (contents.sessions.pop(|key| key.is(database)), contents.thread)) };
+        pair.map(|(_database, session)| {
+            forget_connect(this.py(), thread);
+            session.into_bound(this.py())
+        })
     }
 
     /// All databases and their sessions, in insertion order.
@@ -253,26 +261,49 @@ impl SessionStore {
     /// Remove all sessions, and return what `items` would have returned.
     pub fn clear<'py>(this: &Bound<'py, Self>) -> Vec<Pair<'py>> {
         // SAFETY: the sessions are moved out.
-        pairs(this.py(), unsafe { Self::with(this, |contents| contents.sessions.take()) })
+        let taken = unsafe { Self::with(this, Contents::take_sessions) };
+        pairs(this.py(), taken.release(this.py()))
     }
 
     /// Close the context, remove all sessions, and return what `items` would have returned.
     pub fn close<'py>(this: &Bound<'py, Self>) -> Vec<Pair<'py>> {
         // SAFETY: the sessions are moved out.
-        let sessions = unsafe {
+        let taken = unsafe {
             Self::with(this, |contents| {
                 contents.closed = true;
-                contents.sessions.take()
+                contents.take_sessions()
             })
         };
-        pairs(this.py(), sessions)
+        pairs(this.py(), taken.release(this.py()))
+    }
+}
+
+impl Contents {
+    fn take_sessions(&mut self) -> Taken {
+        Taken(self.sessions.take(), self.thread)
+    }
+}
+
+/// Sessions that were moved out of a context, and the thread of the context.
+struct Taken(Slots<Object>, c_ulong);
+
+impl Taken {
+    /// The sessions.  The thread does not keep their databases for its next coroutine any more.
+    fn release(self, py: Python<'_>) -> Slots<Object> {
+        if self.0.len() > 0 {
+            forget_connect(py, self.1);
+        }
+        self.0
     }
 }
 
 #[inline(always)]
 fn this_thread(_: Python<'_>) -> c_ulong {
+    #[cfg(Py_GIL_DISABLED)]
+    return super::thread::number() as c_ulong;
     // SAFETY: the function has no requirements.
-    unsafe { ffi::PyThread_get_thread_ident() }
+    #[cfg(not(Py_GIL_DISABLED))]
+    return unsafe { ffi::PyThread_get_thread_ident() };
 }
 
 fn pairs(py: Python<'_>, sessions: Slots<Object>) -> Vec<Pair<'_>> {
@@ -315,7 +346,8 @@ unsafe extern "C" fn clear(object: *mut ffi::PyObject) -> c_int {
     let cleared = unsafe {
         let object = Argument::from_ptr(Python::assume_attached(), object);
         let store = object.cast_unchecked::<SessionStore>();
-        SessionStore::with(&store, |contents| (contents.token.take(), contents.sessions.take()))
+        let (token, taken) = SessionStore::with(&store, |contents| (contents.token.take(), contents.take_sessions()));
+        (token, taken.release(store.py()))
     };
     drop(cleared);
     0
@@ -332,14 +364,15 @@ unsafe extern "C" fn dealloc(object: *mut ffi::PyObject) {
         if !(*store).weakrefs.is_null() {
             ffi::PyObject_ClearWeakRefs(object);
         }
-        let Contents { token, sessions, .. } = (&raw const (*store).contents).read().into_inner();
+        let mut contents = (&raw const (*store).contents).read().into_inner();
+        let taken = contents.take_sessions();
         if !FREE_LIST.push(NonNull::new_unchecked(store), Python::assume_attached()) {
             let class = ffi::Py_TYPE(object);
             ffi::PyObject_GC_Del(object.cast());
             ffi::Py_DECREF(class.cast());
         }
-        drop(sessions);
-        if let Some(token) = token {
+        drop(taken.release(Python::assume_attached()));
+        if let Some(token) = contents.token {
             drop_token(token);
         }
     }
