@@ -125,6 +125,7 @@ def environment(backends: Iterable[str]) -> dict[str, Any]:
         "cpu": _cpu(),
         "cores": os.cpu_count(),
         "system": f"{platform.system()} {platform.machine()}",
+        "scheduling": _scheduling(),
         "sqlite": sqlite3.sqlite_version,
         "backends": list(backends),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
@@ -145,6 +146,12 @@ def subprocess_output(*arguments: str, **variables: str) -> str:
         [sys.executable, "-m", *arguments], env=os.environ | variables, check=True, capture_output=True, text=True
     )
     return done.stdout
+
+
+def _scheduling() -> str:
+    """Return whether other programs can take the processor from this one, as with ``chrt --fifo 10``."""
+    real_time = hasattr(os, "sched_getscheduler") and os.sched_getscheduler(0) in (os.SCHED_FIFO, os.SCHED_RR)
+    return "real-time priority" if real_time else "ordinary priority"
 
 
 def _cpu() -> str:

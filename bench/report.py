@@ -29,6 +29,7 @@ from .markup import chart, markdown, table
 from .measure import RESULTS
 from .micro import AWAITED
 from .request import NO_SESSION, ONE_STATEMENT
+from .scaling import REQUESTS
 
 ROOT = Path(__file__).parents[1]
 REPORT = ROOT / "bench" / "REPORT.md"
@@ -127,7 +128,8 @@ def _sections(runs: dict[str, Parts]) -> Iterator[str]:
     yield "\n".join(line for interpreter, parts in runs.items() for line in _environments(interpreter, parts))
     yield f"## Rows in which another library or hand-written code is faster\n\n{FASTER_PEERS}"
     for interpreter, parts in runs.items():
-        yield _faster_peers(interpreter, parts)
+        if any(all_costs(parts)):
+            yield _faster_peers(interpreter, parts)
     yield from _tables(runs, f"## Requests in process: instructions\n\n{INSTRUCTIONS}", _instructions_table)
     title = "request without a session: CPU microseconds above the bare application"
     path = _chart(runs, "request", title, lambda parts: _thousandths(above_bare(parts, NO_SESSION)))
@@ -137,13 +139,16 @@ def _sections(runs: dict[str, Parts]) -> Iterator[str]:
     loads = [parts["http"]["environment"]["load"] for parts in runs.values() if "http" in parts]
     yield from _tables(runs, f"## Over HTTP\n\n{path}{HTTP.format(load=', '.join(set(loads)))}", _http_table)
     path = _chart(runs, "hit", "await db_session, hit: net nanoseconds", lambda parts: _micro(parts).get(AWAITED, {}))
-    yield from _tables(runs, f"## Operations\n\n{path}{MICRO}", lambda parts: table(_micro(parts), 1))
+    yield from _tables(
+        runs, f"## Operations\n\n{path}{MICRO}", lambda parts: table(micro, 1) if (micro := _micro(parts)) else ""
+    )
     yield from _tables(runs, f"## Instruction gate\n\n{GATE}", _gate_table)
     for interpreter, parts in runs.items():
         for sharing, rates in figures(parts, "scaling").items():
             threads = next(iter(rates.values()))
             rows = [[name, *map(str, each.values())] for name, each in rates.items()]
-            title = f"## Threads, {interpreter}: millions of hits per second, {sharing}"
+            unit = "requests per second, PostgreSQL" if sharing == REQUESTS else "millions of hits per second"
+            title = f"## Threads, {interpreter}: {unit}, {sharing}"
             yield f"{title}\n\n{markdown(['threads', *threads], rows)}"
 
 
@@ -163,9 +168,10 @@ def _environments(interpreter: str, parts: Parts) -> Iterator[str]:
     for part, content in parts.items():
         run = content["environment"]
         packages = ", ".join(f"{name} {version}" for name, version in run["packages"].items())
+        system = ", ".join(filter(None, [run["system"], run.get("scheduling")]))
         environment = (
             f"{run['interpreter']}, {run['build']}, GIL {run['gil']}; {run['cpu']}, {run['cores']} cores, "
-            f"{run['system']}; backends: {', '.join(run['backends'])}; {packages}"
+            f"{system}; backends: {', '.join(run['backends'])}; {packages}"
         )
         found.setdefault(environment, []).append(part)
     for environment, measured in found.items():

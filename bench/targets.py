@@ -29,7 +29,7 @@ from .libraries import (
 from .markup import markdown
 from .micro import AWAITED, BYTES, CONTEXT, FLOOR_AWAIT, FLOOR_CONTEXT, FLOOR_DICT, NOWAIT
 from .request import INSERT, NO_SESSION, ONE_STATEMENT, READ_ONLY_ROW, READ_ONLY_SELECT, SELECT, UNUSED
-from .scaling import FLOOR_COROUTINE, OWN_DATABASE
+from .scaling import FLOOR_COROUTINE, OWN_DATABASE, SHARED_DATABASE
 
 INTRODUCTION = """\
 # Targets
@@ -159,8 +159,10 @@ def _operations(interpreter: str, parts: Parts) -> Iterator[Target]:
         above = above_bare(parts, work)
         name = f"request, {work}, CPU above the bare application, against {PEER}"
         yield from at_least(name, above.get(PEER), above.get(NATIVE), required)
+    rates = figures(parts, "scaling").get(SHARED_DATABASE, {}).get(NATIVE, {})
+    yield from at_least(f"hits per second, {SHARED_DATABASE}, 2 threads against 1", rates.get("2"), rates.get("1"), 1.5)
     rates = figures(parts, "scaling").get(OWN_DATABASE, {})
-    if NATIVE in rates and FLOOR_COROUTINE in rates:
+    if NATIVE in rates and FLOOR_COROUTINE in rates and "4" in rates[NATIVE]:
         floor, native = rates[FLOOR_COROUTINE], rates[NATIVE]
         name = f"hits per second, {OWN_DATABASE}, 4 threads against 1 (floor: {floor['4'] / floor['1']:.2f}x)"
         yield from at_least(name, native["4"], native["1"], 3)
