@@ -66,6 +66,7 @@ async def test_code_of_page_runs(page: Path, page_folder: Path) -> None:
         if block["title"]:
             shown.add(block["title"])
             path = page_folder / block["title"]
+            path.parent.mkdir(exist_ok=True)
             path.write_text(with_snippets(code), encoding="utf-8")
             if path.suffix != ".py" or "--8<--" in code:
                 continue
