@@ -41,7 +41,7 @@ add_fastapi_http_db_session_middleware(app)
 
 
 async def get_session() -> AsyncSession:
-    return await db_session(db)  # Nothing to commit and to close here: the middleware does both.
+    return await db_session(db)  # The middleware commits and closes the session.
 
 
 SessionDep = Annotated[AsyncSession, Depends(get_session)]

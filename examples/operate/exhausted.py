@@ -33,7 +33,7 @@ app = FastAPI(lifespan=lifespan)
 add_fastapi_http_db_session_middleware(app)
 
 
-# Not the builtin TimeoutError, which is another class.
+# Python's own TimeoutError is another class.
 @app.exception_handler(sqlalchemy.exc.TimeoutError)
 async def pool_exhausted(_request: Request, _error: Exception) -> JSONResponse:
     return JSONResponse({"detail": "too many requests use the database"}, 503, {"Retry-After": "1"})

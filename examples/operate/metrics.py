@@ -34,13 +34,13 @@ event.listen(Engine, "rollback", lambda *_: rollbacks.inc())
 
 
 @event.listens_for(Session, "after_commit")
-def count_commit(session: Session) -> None:  # Engine has an event too, but it comes before the COMMIT can fail.
-    if not session.in_nested_transaction():  # The event also comes when a savepoint is released.
+def count_commit(session: Session) -> None:  # The event "commit" of Engine comes before the COMMIT, which may fail.
+    if not session.in_nested_transaction():  # SQLAlchemy also calls the listener when a savepoint is released.
         commits.inc()
 
 
 class PoolCollector(Collector):
-    """Reads the pool of the event loop in which Prometheus is answered."""
+    """Reads the pool of the event loop that serves the request of Prometheus."""
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         pool = db.engine().pool

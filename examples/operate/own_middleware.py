@@ -1,4 +1,4 @@
-"""A context for each request of a protocol, one line of text for each request: ``python own_middleware.py``."""
+"""A context for each request of a protocol whose requests are lines of text: ``python own_middleware.py``."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ async def serve_connection(reader: asyncio.StreamReader, writer: asyncio.StreamW
                 status, answer = await in_context(add_note, line.decode().strip())
         except TimeoutError:
             status, answer = 503, "too late"
-        except IntegrityError:  # Of the handler, or of the commit.
+        except IntegrityError:  # Raised by the handler, or by the commit.
             status, answer = 409, "there is such a note"
         except Exception as error:
             status, answer = 500, type(error).__name__

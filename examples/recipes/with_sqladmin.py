@@ -33,7 +33,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     engine = db.engine()  # The engine belongs to the event loop that is running now.
     async with engine.begin() as connection:
         await connection.run_sync(Base.metadata.create_all)
-    # sqladmin turns autoflush off in a session maker that it receives.  From an engine, it makes one of its own.
+    # sqladmin turns autoflush off in a session maker that it receives.  With an engine, it creates its own.
     Admin(app, engine).add_view(NoteAdmin)
     yield
     await db.close()

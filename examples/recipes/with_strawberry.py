@@ -44,7 +44,7 @@ class BookRow(Base):
 
 
 class Reads(FieldExtension):
-    """Gives each field of a query its own context.  The fields of a mutation use the session of the request in turn."""
+    """Opens a context for each field of a query.  The fields of a mutation use the request's session in turn."""
 
     async def resolve_async(self, next_: AsyncExtensionResolver, source: Any, info: Info, **kwargs: Any) -> Any:
         if info.operation.operation is OperationType.MUTATION:
@@ -60,7 +60,7 @@ def reads(resolver: Callable[..., Any]) -> Any:
 
 
 class Router(GraphQLRouter[dict[str, Any], None]):
-    """Rolls back if the answer has errors, because the status of the response is 200 nevertheless."""
+    """Rolls back if the result has errors, because the status of the response is 200 even then."""
 
     async def process_result(self, request: Request, result: ExecutionResult) -> GraphQLHTTPResponse:
         if result.errors:
