@@ -6,9 +6,11 @@ The context variables of the earlier request are current when the later one begi
 from __future__ import annotations
 
 import asyncio
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import uvicorn
 from starlette.applications import Starlette
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.responses import Response
@@ -177,3 +179,37 @@ async def test_a_request_served_by_a_task_of_an_earlier_one_that_opened_a_contex
     gate.open()
     await tasks[0]
     await assert_whole(ctxalchemy, schema, db, notes=["second"])
+
+
+@pytest.mark.parametrize("reset", [False, True])
+async def test_a_route_outside_the_middleware_shares_a_context_unless_the_server_resets_it(
+    ctxalchemy: ModuleType, db: Any, reset: bool
+) -> None:
+    if "reset_contextvars" not in inspect.signature(uvicorn.Config).parameters:
+        pytest.skip("this version of uvicorn has no option reset_contextvars")
+    second_done = asyncio.Event()
+    shared: list[bool] = []
+
+    async def respond(send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"4")]})
+        await send({"type": "http.response.body", "body": b"done"})
+
+    async def inside(_scope: Any, _receive: Any, send: Any) -> None:
+        await ctxalchemy.db_session(db)
+        await respond(send)
+        async with asyncio.timeout(5):
+            await second_done.wait()
+
+    middleware = ctxalchemy.ASGIHTTPDBSessionMiddleware(inside)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["path"] == "/first":
+            await middleware(scope, receive, send)
+        else:
+            shared.append(ctxalchemy.is_context_initiated())
+            await respond(send)
+            second_done.set()
+
+    async with serve(app, reset_contextvars=reset) as url:
+        assert await pipeline(url, b"first", b"second") == [200, 200]
+    assert shared == [not reset]
