@@ -364,7 +364,7 @@ async def test_session_is_not_clean_if_it_has_changes(engine: AsyncEngine) -> No
 
 async def test_session_is_flushing_during_a_flush(engine: AsyncEngine) -> None:
     """``Session._flushing``."""
-    why = "internals.is_modified checks it"
+    why = "internals.is_flushing returns it"
     flushing: list[bool] = []
     async with AsyncSession(engine) as session:
         event.listen(session.sync_session, "before_flush", lambda session, *_: flushing.append(session._flushing))

@@ -8,9 +8,10 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import ForeignKey, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Mapped, mapped_column
 from support.apps import KINDS, Answer, Kind, build, call
 from support.faults import (
     CommitGate,
@@ -24,7 +25,7 @@ from support.faults import (
     sleeping,
 )
 from support.schema import add_note, break_commit, checked_out, count_notes
-from support.sessions import Note, OverriddenSession
+from support.sessions import Base, Note, OverriddenSession
 from support.waiting import Gate, eventually
 
 if TYPE_CHECKING:
@@ -34,8 +35,21 @@ if TYPE_CHECKING:
 
     from support.schema import Schema
 
+SLOW_INSERTS = """\
+CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(0.2); RETURN NEW; END';
+CREATE TRIGGER wait BEFORE INSERT ON note FOR EACH ROW EXECUTE FUNCTION wait();
+CREATE TRIGGER wait BEFORE INSERT ON child FOR EACH ROW EXECUTE FUNCTION wait();
+"""
 ENDS = ("200", "404", "exception", "no response", "cancelled")
 CLASSES = (AsyncSession, OverriddenSession)
+
+
+class Child(Base):
+    """A row of the table ``child`` of ``Schema``, which is inserted after its note."""
+
+    __tablename__ = "child"
+
+    note: Mapped[str] = mapped_column(ForeignKey("note.name"), primary_key=True)
 
 
 class SessionInUse:
@@ -276,6 +290,32 @@ async def test_request_that_ends_just_before_a_waiting_statement_leaves_nothing_
     await case()  # The statement may have succeeded before a rollback.
     await case.assert_ended(is_served=True)
     await assert_whole(ctxalchemy, schema, db_per_driver, notes=["the task's"] if end == "200" else [])
+
+
+@pytest.mark.parametrize("flush", ["flush", "autoflush"])
+async def test_commit_waits_for_a_flush_of_a_task(
+    ctxalchemy: ModuleType, schema: Schema, db_per_driver: Any, flush: str
+) -> None:
+    """The task inserts two rows, each with a statement of its own."""
+
+    async def write(session: AsyncSession) -> None:
+        session.add_all([Note(name="the task's"), Child(note="the task's")])
+        if flush == "flush":
+            await session.flush()
+        else:
+            await session.execute(select(Note))
+
+    async def start(session: AsyncSession) -> list[asyncio.Task[Any]]:
+        await count_notes(session)
+        task = asyncio.create_task(write(session))
+        assert await eventually(lambda: sleeping(schema))
+        return [task]
+
+    await schema.observer.execute(SLOW_INSERTS)
+    case = SessionInUse(ctxalchemy, db_per_driver, start, "200")
+    assert await case() == [None]
+    await case.assert_ended(is_served=True)
+    await assert_whole(ctxalchemy, schema, db_per_driver, notes=["the task's"])
 
 
 @pytest.mark.parametrize("end", ENDS)

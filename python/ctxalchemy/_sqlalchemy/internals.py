@@ -35,6 +35,7 @@ __all__ = [
     "has_waiters",
     "in_greenlet",
     "is_concurrent_use",
+    "is_flushing",
     "is_modified",
     "is_permanently_closed",
     "leave_begin_block",
@@ -123,12 +124,20 @@ def set_isolation_level_of_new_connections(dialect: Dialect, level: IsolationLev
 
 
 def is_modified(session: Session) -> bool:
-    """Return whether ``Session.flush()`` would do something: ``Session._is_clean``, ``Session._flushing``.
+    """Return whether the session may have changes that were not flushed: ``Session._is_clean``.
 
-    An attribute that was set to the value that it had counts as a change.  During a flush of another task, the method
-    raises an error.  The public ``new``, ``dirty`` and ``deleted`` build a set each.  Checked with 2.0.56 to 2.1.9.
+    An attribute that was set to the value that it had counts as a change.  The public ``new``, ``dirty`` and
+    ``deleted`` build a set each.  Checked with 2.0.56 to 2.1.9.
     """
-    return session._flushing or not session._is_clean()
+    return not session._is_clean()
+
+
+def is_flushing(session: Session) -> bool:
+    """Return whether another task is flushing the session, so that ``Session.flush()`` raises: ``Session._flushing``.
+
+    The error has no code.  Checked with 2.0.56 to 2.1.9.
+    """
+    return session._flushing
 
 
 def statement_lock(dbapi_connection: object) -> asyncio.Lock | None:

@@ -32,6 +32,7 @@ from .internals import (
     connections_of,
     greenlet_spawn,
     is_concurrent_use,
+    is_flushing,
     is_modified,
     is_permanently_closed,
 )
@@ -263,8 +264,11 @@ def _prepare(session: AsyncSession) -> bool:
 
 
 def _flush(session: AsyncSession) -> bool:
-    if is_async_session(session) and not is_modified(session.sync_session):
-        return True
+    if is_async_session(session):
+        if not is_modified(session.sync_session):
+            return True
+        if is_flushing(session.sync_session):
+            return False
     return _attempt(session, lambda: _call(session, "flush"))
 
 
