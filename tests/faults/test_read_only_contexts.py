@@ -596,12 +596,15 @@ async def test_setting_that_is_refused_lets_no_statement_run_without_it(
     await assert_whole_with_tenant(ctxalchemy, schema, db_per_driver)
 
 
-@pytest.mark.parametrize("level", ["SERIALIZABLE", "REPEATABLE READ", "AUTOCOMMIT", None])
+@pytest.mark.parametrize(
+    "level", ["SERIALIZABLE", "REPEATABLE READ", "repeatable_read", "AUTOCOMMIT", "autocommit", None]
+)
 async def test_transaction_with_settings_has_the_isolation_level_of_the_engine(
     ctxalchemy: ModuleType, schema: Schema, driver_schema: Schema, level: str | None
 ) -> None:
     options = {} if level is None else {"isolation_level": level}
-    expected = "read committed" if level in (None, "AUTOCOMMIT") else str(level).lower()
+    name = (level or "autocommit").lower().replace("_", " ")
+    expected = "read committed" if name == "autocommit" else name
     async with watched_reads(driver_schema.db(ctxalchemy, **options)) as db:
         for _ in range(2):
             async with ctxalchemy.new_ctx(read_only=True):

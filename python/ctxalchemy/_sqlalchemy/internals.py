@@ -8,7 +8,7 @@ of SQLAlchemy changes what the attribute means.
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.orm import Session
@@ -116,11 +116,12 @@ def set_isolation_level_of_new_connections(dialect: Dialect, level: IsolationLev
     that are opened later do not have this level by themselves.  Checked with 2.0.56 to 2.1.9.
 
     Returns:
-        The level that ``create_engine`` was called with, or None.
+        The level that ``create_engine`` was called with, as ``Dialect.set_isolation_level`` takes it, or None.
     """
-    former: IsolationLevel | None = dialect._on_connect_isolation_level
+    former: str | None = dialect._on_connect_isolation_level
     dialect._on_connect_isolation_level = level
-    return former
+    # ``create_engine`` also accepts "repeatable_read".
+    return None if former is None else cast("IsolationLevel", former.replace("_", " ").upper())
 
 
 def is_modified(session: Session) -> bool:
