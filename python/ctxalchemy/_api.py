@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from . import _complete, _settings
 from ._backend import SessionStore, current_context, db_session
 from ._complete import BeforeCommitCallback
-from ._create_session import put_session
+from ._create_session import put_existing_session
 from ._db_connect import DBConnect
 from ._errors import no_context, see
 from ._sqlalchemy.session import close_session, closing
@@ -163,7 +163,7 @@ def put_db_session_to_context(connection: DBConnect, session: AsyncSession) -> N
     """
     if not isinstance(connection, DBConnect):
         raise TypeError(f"expected a DBConnect, got {type(connection).__name__}")
-    put_session(expect_context(), connection, session)
+    put_existing_session(expect_context(), connection, session)
 
 
 def pop_db_session_from_context(connect: DBConnect) -> AsyncSession | None:

@@ -100,6 +100,12 @@ def create_session_nowait(store: Store, connect: DBConnect) -> AsyncSession:
     return session
 
 
+def put_existing_session(store: Store, connect: DBConnect, session: AsyncSession) -> None:
+    """Put a session into the context that may have been in another context before."""
+    _settings.detach(session)
+    put_session(store, connect, session)
+
+
 def put_session(store: Store, connect: DBConnect, session: AsyncSession) -> None:
     """Put a session into the context, and apply the settings of the context to its transactions."""
     store.put(connect, session)

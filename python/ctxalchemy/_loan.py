@@ -18,7 +18,7 @@ from sqlalchemy.orm.attributes import set_committed_value
 
 from . import _complete
 from ._backend import SessionStore, current_context
-from ._create_session import put_session
+from ._create_session import put_existing_session
 from ._db_connect import shared_connection
 from ._holder import SCOPE_KEY
 from ._sqlalchemy.internals import reopen
@@ -83,7 +83,7 @@ class Loan:
             if sync_session is not None:
                 await self._prepare(session, sync_session)
                 sync_session.turn.context = ref(store)
-            put_session(store, database, session)
+            put_existing_session(store, database, session)
 
     async def _prepare(self, session: AsyncSession, sync_session: SharedSession) -> None:
         """Commit what the test itself has done to a savepoint, so that a rollback of the request does not undo it."""
@@ -110,7 +110,7 @@ class Loan:
                 # The application may have closed it.
                 reopen(sync_session)
             if not self._outer.closed and self._outer.get(database) is session:
-                put_session(self._outer, database, session)
+                put_existing_session(self._outer, database, session)
         for sync_session, instance, values in self._values:
             state: Any = inspect(instance)
             # A rollback expires all objects, and these are as they were.

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 _KEY = "ctxalchemy: settings"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_$]*(\.[A-Za-z_][A-Za-z0-9_$]*)*")
 
+_NO_SETTINGS = Settings(None, (), {})
+
 contexts: ByContext[dict[int, Settings]] = ByContext()
 """For each context, its settings for each database, by the id of the database."""
 
@@ -39,6 +41,12 @@ def attach(store: object, database: object, session: AsyncSession, required: tup
         listener = _listener(session, _settings_of(store, database, required))
         if listener is not None:
             listener.apply_later(session.sync_session)
+
+
+def detach(session: AsyncSession) -> None:
+    """Apply the settings of an earlier context to no later transaction of this session."""
+    if is_async_session(session) and (listener := session.sync_session.info.get(_KEY)) is not None:
+        listener.settings = _NO_SETTINGS
 
 
 async def apply(

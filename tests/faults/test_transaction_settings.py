@@ -629,6 +629,29 @@ async def test_setting_holds_in_the_transaction_in_which_a_session_is_put(
     await assert_whole(ctxalchemy, schema, db_per_driver, notes=["before"])
 
 
+@pytest.mark.parametrize("other_settings", [False, True])
+async def test_setting_does_not_hold_in_another_context_into_which_the_session_is_put(
+    ctxalchemy: ModuleType, schema: Schema, db_per_driver: Any, other_settings: bool
+) -> None:
+    async with ctxalchemy.new_ctx():
+        await ctxalchemy.set_local(db_per_driver, {TENANT: "42"})
+        session = await ctxalchemy.db_session(db_per_driver)
+        assert await tenant(session) == "42"
+        await session.commit()
+        assert ctxalchemy.pop_db_session_from_context(db_per_driver) is session
+    async with ctxalchemy.new_ctx():
+        if other_settings:
+            await ctxalchemy.set_local(db_per_driver, {"app.other": "x"})
+            await ctxalchemy.close_db_session(db_per_driver)
+        ctxalchemy.put_db_session_to_context(db_per_driver, session)
+        for _ in range(2):
+            assert await tenant(session) == ""
+            await session.commit()
+        await ctxalchemy.set_local(db_per_driver, {TENANT: "43"})
+        assert await tenant(session) == "43"
+    await assert_whole(ctxalchemy, schema, db_per_driver, notes=[])
+
+
 async def test_session_of_a_test_is_refused_only_while_the_setting_is_missing(
     ctxalchemy: ModuleType, schema: Schema
 ) -> None:
