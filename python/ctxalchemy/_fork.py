@@ -14,7 +14,7 @@ from ._host_engines import all_host_engines
 
 _inherited: list[object] = []
 """Sessions and engines of the parent.  If they were freed, their drivers would close connections, and an event loop
-that shares its epoll instance with the parent would stop to watch the sockets of the parent."""
+that shares its epoll instance with the parent would stop watching the sockets of the parent."""
 
 
 def _leave_to_parent() -> None:

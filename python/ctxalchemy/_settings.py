@@ -33,8 +33,8 @@ def attach(store: object, database: object, session: AsyncSession, required: tup
     Args:
         store: the context.
         database: the database.
-        session: a session that is put into the context.  If it is in a transaction, the settings are applied before
-            its next statement.
+        session: a session that is put into the context.  If the session is in a transaction, the settings are applied
+            before the next statement of the session.
         required: the names of the settings without which no transaction of the database may begin.
     """
     if required or id(database) in (contexts.of(store) or {}):

@@ -86,7 +86,7 @@ class SettingsListener:
                 raise
 
     def _watch(self, session: Session, connection: Connection) -> None:
-        """Refuse the statements of the open transaction, unless the settings can be applied before."""
+        """Refuse the statements of the open transaction, unless the settings can be applied first."""
         self._refused = session.get_transaction()
         if not event.contains(connection, "before_cursor_execute", self._before_execute):
             event.listen(connection, "before_cursor_execute", self._before_execute)
