@@ -675,6 +675,44 @@ async def test_session_of_a_test_is_refused_only_while_the_setting_is_missing(
         assert await count_notes(outer) == 1
 
 
+async def test_setting_of_a_request_does_not_hold_in_the_next_request_of_a_test(
+    ctxalchemy: ModuleType, schema: Schema, db_per_driver: Any
+) -> None:
+    """The settings of the test itself and those of a nested context end with their transactions, too."""
+    db, testing = db_per_driver, ctxalchemy.testing
+    values: list[str] = []
+
+    async def endpoint() -> Answer:
+        session = await ctxalchemy.db_session(db)
+        values.append(await tenant(session))
+        if len(values) == 1:
+            await ctxalchemy.set_local(db, {TENANT: "1", "statement_timeout": "5s"})
+            await ctxalchemy.run_in_new_ctx(work)
+            values.append(await tenant(session))
+        return Answer()
+
+    async def work() -> None:
+        await ctxalchemy.set_local(db, {TENANT: "2"})
+        values.append(await tenant(await ctxalchemy.db_session(db)))
+
+    async with testing.rollback_session(db) as outer, testing.set_test_context():
+        timeout = await outer.scalar(text("SHOW statement_timeout"))
+        async with (
+            testing.put_savepoint_session_in_ctx(db, outer),
+            client_of(build("asgi", ctxalchemy, endpoint)) as client,
+        ):
+            for _ in range(2):
+                assert (await client.get("/")).status_code == 200
+            assert values == ["", "2", "1", ""]
+            assert await tenant(outer) == ""
+            assert await outer.scalar(text("SHOW statement_timeout")) == timeout
+            await ctxalchemy.set_local(db, {TENANT: "3"})
+            assert await tenant(await ctxalchemy.db_session(db)) == "3"
+            assert (await client.get("/")).status_code == 200
+            assert values[4:] == [""]
+            assert await tenant(await ctxalchemy.db_session(db)) == "3"
+
+
 @pytest.mark.parametrize(
     ("names", "error", "message"),
     [

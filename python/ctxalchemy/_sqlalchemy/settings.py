@@ -6,7 +6,7 @@ Listeners on the session apply all settings again, with one statement.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -17,12 +17,14 @@ from .._errors import MissingSettingsError, see
 from .drivers import is_autocommit
 from .internals import connections_of
 from .read_only import leave_autocommit
+from .shared import SharedSession
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
     from sqlalchemy.orm import Session, SessionTransaction
 
 _PAGE = see("guides/multi-tenant.md")
+_GET = text("SELECT current_setting(:name, true)")
 
 
 class Settings:
@@ -50,13 +52,24 @@ class SettingsListener:
         self._set_in_savepoint = False
         self._refused: SessionTransaction | None = None
         self._is_pending = False
+        self._former: dict[str, str | None] = {}
         event.listen(session, "after_begin", self._on_begin)
         event.listen(session, "after_soft_rollback", self._on_rollback)
+        if isinstance(session, SharedSession):
+            event.listen(session, "before_commit", self._on_commit)
 
     def _on_begin(self, session: Session, transaction: SessionTransaction, connection: Connection) -> None:
         if not transaction.nested:
             self._set_in_savepoint = False
+            self._former = {}
             self._apply(session, [connection])
+
+    def _on_commit(self, session: Session) -> None:
+        """Restore the former settings: the commit of a session of a test only releases a savepoint."""
+        if not session.in_nested_transaction():
+            for connection, _ in connections_of(session):
+                _set(connection, self._former)
+            self._former = {}
 
     def _on_rollback(self, session: Session, transaction: SessionTransaction) -> None:
         if transaction.nested and self._set_in_savepoint:
@@ -79,7 +92,9 @@ class SettingsListener:
         self._is_pending = False
         for connection in connections:
             try:
+                former = _values(connection, self.settings.values) if isinstance(session, SharedSession) else {}
                 _execute(connection, self.settings)
+                self._former = former | self._former
             except BaseException:
                 # The session has its connection, and would execute the next statement without the settings.
                 self._watch(session, connection)
@@ -113,10 +128,21 @@ def _execute(connection: Connection, settings: Settings) -> None:
         raise InvalidRequestError(
             "transaction settings need a transaction, and this connection is in autocommit mode" + _PAGE
         )
-    parameters: dict[str, str] = {}
-    for number, (name, value) in enumerate(settings.values.items()):
-        parameters |= {f"name_{number}": name, f"value_{number}": value}
-    connection.execute(_statement(len(settings.values)), parameters).close()
+    _set(connection, settings.values)
+
+
+def _set(connection: Connection, values: Mapping[str, str | None]) -> None:
+    if values:
+        parameters: dict[str, str | None] = {}
+        for number, (name, value) in enumerate(values.items()):
+            parameters |= {f"name_{number}": name, f"value_{number}": value}
+        connection.execute(_statement(len(values)), parameters).close()
+
+
+def _values(connection: Connection, names: Iterable[str]) -> dict[str, str | None]:
+    """Return the current values of these settings.  None stands for the default."""
+    check_dialect(connection.dialect.name)
+    return {name: connection.scalar(_GET, {"name": name}) for name in names}
 
 
 def _check(settings: Settings) -> None:
