@@ -338,11 +338,11 @@ def cancel_statement(connection: Connection) -> None:
         # is garbage-collected.
         if pgconn := getattr(driver_connection, "pgconn", None):
             pgconn.finish()
-    elif is_taken(lock_of(connection.dialect, connection.connection)):
-        if hasattr(driver_connection, "cancel_safe"):
-            _await_quietly(_cancel_psycopg(driver_connection))
-        elif hasattr(driver_connection, "interrupt"):
-            _await_quietly(_cancel_aiosqlite(driver_connection))
+    elif hasattr(driver_connection, "interrupt"):
+        # SQLAlchemy 2.0 does not close the cursor of a statement that failed: that statement is not finalized either.
+        _await_quietly(_cancel_aiosqlite(driver_connection))
+    elif hasattr(driver_connection, "cancel_safe") and is_taken(lock_of(connection.dialect, connection.connection)):
+        _await_quietly(_cancel_psycopg(driver_connection))
 
 
 def cancel_abandoned_statement(connection: Connection) -> None:
