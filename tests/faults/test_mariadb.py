@@ -549,7 +549,7 @@ async def test_statement_of_a_cancelled_request_is_executed_to_its_end_on_anothe
     async def work() -> None:
         session = await ctxalchemy.db_session(db)
         await add_note(session, "rolled back")
-        await session.execute(text("SELECT sleep(3)"))
+        await session.execute(text("SELECT sleep(6)"))
 
     async def sleeps() -> bool:
         return bool(await schema.fetch(RUNNING.format(schema.name)))
@@ -567,7 +567,7 @@ async def test_statement_of_a_cancelled_request_is_executed_to_its_end_on_anothe
     async with ctxalchemy.new_non_ctx_session(db) as session:
         assert await session.scalar(text("SELECT connection_id()")) not in before
     assert await sleeps()
-    assert await eventually(has_ended)
+    assert await eventually(has_ended, 10)
     await assert_whole(ctxalchemy, schema, db, notes=[])
 
 
