@@ -1,8 +1,8 @@
 """Commit, roll back and close one session, and run a block of it in a savepoint.
 
 Each operation runs in one greenlet.  In it, a method of ``AsyncSession`` is called directly on the synchronous
-session.  A method that a subclass overrides or a test has patched is awaited.  Other objects, such as test doubles, are
-used only through their public methods.
+session.  A method that a subclass overrides or a test has patched is awaited; ``flush`` only if there is something to
+flush.  Other objects, such as test doubles, are used only through their public methods.
 """
 
 from __future__ import annotations
