@@ -7,10 +7,9 @@ the parent, or breaks its connection.
 from __future__ import annotations
 
 import os
-from contextvars import Token
 
-from ._backend import current_context
 from ._host_engines import all_host_engines
+from ._loan import lineage
 
 _inherited: list[object] = []
 """Sessions and engines of the parent.  If they were freed, their drivers would close connections, and an event loop
@@ -18,11 +17,7 @@ that shares its epoll instance with the parent would stop watching the sockets o
 
 
 def _leave_to_parent() -> None:
-    store = current_context()
-    while store is not None:
-        _inherited.append(store.close())
-        outer = None if store.token is None else store.token.old_value
-        store = None if outer is Token.MISSING else outer
+    _inherited.extend(store.close() for context in lineage() if (store := context()) is not None)
     for engines in list(all_host_engines):
         _inherited.extend(engines.leave_to_parent())
 
