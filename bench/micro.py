@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Callable, Coroutine, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from itertools import repeat
 from statistics import median
 from time import perf_counter_ns
@@ -71,6 +71,10 @@ class Case:
     def empty_nanoseconds(self, count: int) -> float:
         """Return the nanoseconds per repetition of the loop around the statement."""
         return self._run(self._empty, count)
+
+    def duration(self, count: int) -> float:
+        """Repeat the statement ``count`` times in each task; return the nanoseconds that all repetitions took."""
+        return self.nanoseconds(count) * count * self.tasks
 
     def __str__(self) -> str:
         return f"{self.operation}-{self.library}"
@@ -203,9 +207,9 @@ def run(quick: bool = False) -> None:
         for case in cases():
             # A task switch costs several times as much as the measured operation: such cases run for longer.
             target = slice_ns if case.tasks == 1 else slice_ns * 10
-            count = repetitions(lambda n, case=case: case.nanoseconds(n) * n * case.tasks, target)  # type: ignore[misc]
-            measures[case, "full"] = lambda case=case, count=count: case.nanoseconds(count)  # type: ignore[misc]
-            measures[case, "empty"] = lambda case=case, count=count: case.empty_nanoseconds(count)  # type: ignore[misc]
+            count = repetitions(case.duration, target)
+            measures[case, "full"] = partial(case.nanoseconds, count)
+            measures[case, "empty"] = partial(case.empty_nanoseconds, count)
         samples = measure_interleaved(measures, 20 if quick else 100)
     for case, kind in samples:
         if kind == "full":

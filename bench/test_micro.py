@@ -21,6 +21,7 @@ REPETITIONS = 1000
 def test_micro(benchmark: BenchmarkFixture, case: Case) -> None:
     benchmark.group = case.operation
     benchmark.extra_info |= {"library": case.library, "repetitions": REPETITIONS}
+    # pytest-benchmark has no types.
     benchmark.pedantic(  # type: ignore[no-untyped-call]
         case.nanoseconds, args=(REPETITIONS // case.tasks,), rounds=30, warmup_rounds=2
     )

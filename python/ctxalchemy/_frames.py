@@ -10,6 +10,7 @@ from inspect import currentframe, isasyncgen
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+# Some versions of greenlet have no types.
 from greenlet import getcurrent  # type: ignore[import-untyped, unused-ignore]
 
 if TYPE_CHECKING:

@@ -51,7 +51,8 @@ def build(ctxalchemy: ModuleType, dependency: Any, endpoint: Callable[[Any], Any
 
     @app.get("/", response_model=None)
     async def serve(session: Any = injected) -> Response:
-        return await endpoint(session)  # type: ignore[no-any-return]
+        response: Response = await endpoint(session)
+        return response
 
     ctxalchemy.fastapi.add_fastapi_http_db_session_middleware(app)
     return app

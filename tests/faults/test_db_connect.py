@@ -77,6 +77,7 @@ async def test_failure_to_create_a_session_is_an_error_and_the_next_request_succ
         if broken and what == "engine":
             raise error
         if broken and what == "synchronous engine":
+            # The mistake that is tested.
             return create_async_engine(schema.url).sync_engine  # type: ignore[return-value]
         if broken and what == "no server":
             return create_async_engine(make_url(schema.url).set(port=1))

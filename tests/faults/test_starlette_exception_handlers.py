@@ -55,7 +55,8 @@ def serving(endpoint: Any) -> Any:
     """The endpoint for Starlette."""
 
     async def serve_request(_request: Any) -> Response:
-        return await endpoint()  # type: ignore[no-any-return]
+        response: Response = await endpoint()
+        return response
 
     return serve_request
 

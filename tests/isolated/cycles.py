@@ -24,6 +24,7 @@ def cycle_through_a_context(sessions: int) -> weakref.ref[Session]:
     databases = [ctxalchemy.DBConnect.from_url("sqlite+aiosqlite://") for _ in range(sessions)]
     session.context = context
     for db in databases:
+        # The context accepts any object as a session.
         context.put(db, session)  # type: ignore[arg-type]
     return weakref.ref(session)
 
