@@ -85,7 +85,7 @@ async def test_session_whose_close_state_is_closed_begins_no_new_transaction(eng
 
 async def test_transaction_lists_its_connections_and_whether_the_session_checked_them_out(engine: AsyncEngine) -> None:
     """``SessionTransaction._connections``."""
-    why = "internals.own_connections reads the connections of a session from this dictionary"
+    why = "internals.connections_of and own_connections_of read the connections of a session from this dictionary"
 
     async def assert_one(session: AsyncSession, own: bool) -> None:
         connection = await session.connection()
@@ -95,11 +95,39 @@ async def test_transaction_lists_its_connections_and_whether_the_session_checked
         entries = set(transaction._connections.values())
         assert {len(entry) for entry in entries} == {4}, why
         assert [(entry[0], entry[-1]) for entry in entries] == [(connection.sync_connection, own)], why
+        keys = set(transaction._connections)
+        assert keys == {connection.sync_connection, connection.sync_engine}, why
 
     async with AsyncSession(engine) as session:
         await assert_one(session, own=True)
     async with engine.connect() as given, AsyncSession(given) as session:
         await assert_one(session, own=False)
+
+
+async def test_connection_has_its_checkout_until_it_is_closed_or_invalidated(engine: AsyncEngine) -> None:
+    """``Connection._dbapi_connection``."""
+    why = "internals.checkout_of reads it to detect that a connection is closed or invalidated"
+    async with engine.connect() as connection:
+        sync_connection: Any = connection.sync_connection
+        assert sync_connection._dbapi_connection is sync_connection.connection, why
+        await connection.invalidate()
+        assert sync_connection._dbapi_connection is None, why
+        await connection.rollback()
+        await connection.execute(text("SELECT 1"))
+        assert sync_connection._dbapi_connection is sync_connection.connection, why
+    assert sync_connection._dbapi_connection is None, why
+
+
+async def test_checkout_has_the_entry_of_the_pool_until_it_is_detached(engine: AsyncEngine) -> None:
+    """``_ConnectionFairy._connection_record``."""
+    why = "internals.record_info_of reads it in place of the public record_info"
+    async with engine.connect() as connection:
+        checkout: Any = await connection.get_raw_connection()
+        assert checkout._connection_record.record_info is checkout.record_info, why
+        assert checkout.record_info is not None, why
+        checkout.detach()
+        assert checkout._connection_record is None, why
+        assert checkout.record_info is None, why
 
 
 async def test_error_for_concurrent_use_of_a_session_has_its_own_code(engine: AsyncEngine) -> None:

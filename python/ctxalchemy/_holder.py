@@ -65,5 +65,5 @@ def _has(scope: Scope, proxied: PoolProxiedConnection) -> bool:
         not connection.closed and not connection.invalidated and connection.connection is proxied
         for _, session in scope[SCOPE_KEY].items()
         if is_async_session(session)
-        for connection, _ in connections_of(session.sync_session)
+        for connection in connections_of(session.sync_session)
     )

@@ -18,7 +18,11 @@ if TYPE_CHECKING:
     from sqlalchemy import Dialect, PoolProxiedConnection
 
 
-_FETCHES = "ctxalchemy: fetches"
+FETCHES = "ctxalchemy: fetches"
+"""The key in the ``record_info`` of a connection for the number of tasks that are fetching rows from a cursor.
+
+asyncpg holds no lock for this.  If no task is fetching, the key is missing.
+"""
 ON_FETCH = "ctxalchemy: on fetch"
 """The key in the ``record_info`` of a connection for a function that is called before (1) and after (-1) each fetch."""
 
@@ -75,21 +79,15 @@ class ServerSideCursor:
                 "the transaction ends, or stream it in a transaction of its own"
                 + see("guides/streams-and-background-tasks.md#stream-a-large-result")
             )
-        info[_FETCHES] = info.get(_FETCHES, 0) + 1
+        info[FETCHES] = info.get(FETCHES, 0) + 1
         on_fetch: Callable[[int], None] | None = info.get(ON_FETCH)
         if on_fetch is not None:
             on_fetch(1)
         try:
             return method(*arguments)
         finally:
-            info[_FETCHES] -= 1
+            info[FETCHES] -= 1
+            if not info[FETCHES]:
+                del info[FETCHES]
             if on_fetch is not None:
                 on_fetch(-1)
-
-
-def is_fetching(record_info: dict[Any, Any] | None) -> bool:
-    """Return whether a task is fetching rows from a server-side cursor of the connection with this ``record_info``.
-
-    asyncpg holds no lock for this.  A detached connection has no ``record_info``.
-    """
-    return record_info is not None and bool(record_info.get(_FETCHES))

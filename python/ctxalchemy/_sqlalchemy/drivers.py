@@ -174,7 +174,11 @@ def _checked_class(connection_class: Any) -> Any:
 
         # Not ``async``: every other statement is passed on without a coroutine of its own.
         def execute(self, query: str, *args: Any, timeout: float | None = None) -> Coroutine[Any, Any, str]:
-            execution = execute(self, query, *args, timeout=timeout)
+            if args or timeout is not None:
+                execution = execute(self, query, *args, timeout=timeout)
+            else:
+                # BEGIN and COMMIT come here, and variable arguments would double the cost of this call.
+                execution = execute(self, query)
             return check(execution) if query == "COMMIT;" else execution
 
     return CheckedConnection

@@ -19,7 +19,7 @@ from sqlalchemy import Connection, Engine, PoolProxiedConnection, event
 from sqlalchemy.exc import InvalidRequestError, OperationalError
 
 from .._errors import see
-from .cursors import guard_cursors, is_fetching
+from .cursors import FETCHES, guard_cursors
 from .drivers import (
     ROLLBACK_ON_TIMEOUT,
     cancel_abandoned_statement,
@@ -35,7 +35,7 @@ from .drivers import (
     may_end_transaction,
     must_begin_before_savepoint,
 )
-from .internals import await_only, in_greenlet
+from .internals import await_only, checkout_of, in_greenlet, record_info_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -259,26 +259,36 @@ def watch_commits(target: Connection | Engine) -> None:
 
 
 def is_in_use(connection: Connection) -> bool:
-    """Return whether a task is executing a statement on the connection, or fetching its rows, or waiting to execute."""
-    record_info = connection.connection.record_info
-    return _is_in_use(connection, record_info, None if record_info is None else record_info.get(_KEY))
+    """Return whether a task is executing a statement on the connection, or fetching its rows, or waiting to execute.
+
+    A connection that is closed or invalidated is not in use.
+    """
+    proxied = checkout_of(connection)
+    if proxied is None:
+        return False
+    record_info = record_info_of(proxied)
+    return _is_in_use(connection, proxied, record_info, None if record_info is None else record_info.get(_KEY))
 
 
-def _is_in_use(connection: Connection, record_info: dict[Any, Any] | None, state: _State | None) -> bool:
-    lock = lock_of(connection.dialect, connection.connection) if state is None else state.lock
-    return is_taken(lock) or is_fetching(record_info)
+def _is_in_use(
+    connection: Connection, proxied: PoolProxiedConnection, record_info: dict[Any, Any] | None, state: _State | None
+) -> bool:
+    lock = lock_of(connection.dialect, proxied) if state is None else state.lock
+    return is_taken(lock) or (record_info is not None and FETCHES in record_info)
 
 
 def is_committable(connection: Connection) -> bool:
-    """Return False if another task is using this connection, which is not invalidated.
+    """Return False if another task is using this connection.
 
     Raise if its transaction can no longer be committed.
     """
-    # Each commit comes here.  SQLAlchemy runs code for each access to ``connection`` and ``record_info``.
-    proxied = connection.connection
-    record_info = proxied.record_info
+    proxied = checkout_of(connection)
+    if proxied is None:
+        # The commit raises for an invalidated connection, and ``connection`` for a closed one.
+        return connection.invalidated or connection.connection.is_valid
+    record_info = record_info_of(proxied)
     state: _State | None = None if record_info is None else record_info.get(_KEY)
-    if _is_in_use(connection, record_info, state):
+    if _is_in_use(connection, proxied, record_info, state):
         return False
     if state is not None:
         if state.invalidated or not _is_pooled(state, proxied):

@@ -8,8 +8,9 @@ of SQLAlchemy changes what the attribute means.
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
+from sqlalchemy import Connection
 from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.orm import Session
 from sqlalchemy.orm.session import _SessionCloseState
@@ -22,12 +23,14 @@ from sqlalchemy.util.concurrency import in_greenlet
 from . import is_async_session
 
 if TYPE_CHECKING:
-    from sqlalchemy import Connection, Dialect
+    from sqlalchemy import Dialect, PoolProxiedConnection
     from sqlalchemy.engine.interfaces import IsolationLevel
     from sqlalchemy.ext.asyncio import AsyncSession
+    from sqlalchemy.pool import ConnectionPoolEntry
 
 __all__ = [
     "await_only",
+    "checkout_of",
     "close_idle",
     "close_permanently",
     "connections_of",
@@ -39,6 +42,8 @@ __all__ = [
     "is_modified",
     "is_permanently_closed",
     "leave_begin_block",
+    "own_connections_of",
+    "record_info_of",
     "reopen",
     "running_loop",
     "set_isolation_level_of_new_connections",
@@ -80,21 +85,57 @@ def reopen(session: Session) -> None:
         session._close_state = _SessionCloseState.CLOSE_IS_RESET
 
 
-def connections_of(session: Session) -> list[tuple[Connection, bool]]:
-    """Return the connections of the open transaction of a session: ``SessionTransaction._connections``.
+def connections_of(session: Session) -> list[Connection]:
+    """Return the connections of the open transaction of a session: the keys of ``SessionTransaction._connections``.
 
-    The public ``SessionTransaction.connections`` exists since SQLAlchemy 2.1.7 and does not distinguish connections
-    that the session has checked out from those that were passed to it.  Checked with 2.0.56 to 2.1.9.
-
-    Returns:
-        Each connection, and whether the session has checked it out of a pool.
+    The public ``SessionTransaction.connections`` exists since SQLAlchemy 2.1.7.  Checked with 2.0.56 to 2.1.9.
     """
     transaction = session.get_transaction()
     if transaction is None:
         return []
+    connections = []
     # Each connection is in the dictionary twice: under itself, and under its engine.
-    found = transaction._connections.items()
-    return [(connection, is_own) for key, (connection, _, _, is_own) in found if key is connection]
+    for key in transaction._connections:
+        if isinstance(key, Connection):
+            connections.append(key)  # noqa: PERF401 - Python 3.11 calls a function for a comprehension.
+    return connections
+
+
+def own_connections_of(session: Session) -> list[Connection]:
+    """Return those that the session has checked out of a pool: the values of ``SessionTransaction._connections``.
+
+    The other connections were passed to the session.  There is no public way to distinguish them.  Checked with 2.0.56
+    to 2.1.9.
+    """
+    transaction = session.get_transaction()
+    if transaction is None:
+        return []
+    return [connection for connection, _, _, is_own in set(transaction._connections.values()) if is_own]
+
+
+def checkout_of(connection: Connection) -> PoolProxiedConnection | None:
+    """Return the connection as it was checked out of the pool: ``Connection._dbapi_connection``.
+
+    The public ``Connection.connection`` raises for a closed connection, and checks out another one in place of an
+    invalidated one.  Reading ``closed`` and ``invalidated`` first takes three times as long.  Checked with 2.0.56 to
+    2.1.9.
+
+    Returns:
+        None if the connection is closed or invalidated.
+    """
+    return connection._dbapi_connection
+
+
+def record_info_of(checkout: PoolProxiedConnection) -> dict[Any, Any] | None:
+    """Return ``record_info`` of a connection that is checked out: ``_ConnectionFairy._connection_record``.
+
+    The public property takes three times as long, and each commit reads it.  Checked with 2.0.56 to 2.1.9.
+
+    Returns:
+        None if the connection is detached from its pool.
+    """
+    pool_entry: ConnectionPoolEntry | None = cast(Any, checkout)._connection_record
+    return None if pool_entry is None else pool_entry.record_info
 
 
 def leave_begin_block(session: AsyncSession) -> None:

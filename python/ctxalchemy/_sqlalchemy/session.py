@@ -8,7 +8,7 @@ flush.  Other objects, such as test doubles, are used only through their public 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from time import monotonic
@@ -35,6 +35,7 @@ from .internals import (
     is_flushing,
     is_modified,
     is_permanently_closed,
+    own_connections_of,
 )
 from .read_only import is_read_only
 from .shared import SharedSession
@@ -58,24 +59,27 @@ class PartlyCommittedError(Exception):
     """
 
 
-async def flush_session(session: AsyncSession) -> None:
+# These functions are not async: each request would pay for one more coroutine than that of ``greenlet_spawn``.
+
+
+def flush_session(session: AsyncSession) -> Coroutine[Any, Any, None]:
     """Do the part of a commit that can fail before anything is committed."""
-    await greenlet_spawn(_when_free, session, _prepare)
+    return greenlet_spawn(_when_free, session, _prepare)
 
 
-async def commit_session(session: AsyncSession, streaming: bool = False) -> None:
+def commit_session(session: AsyncSession, streaming: bool = False) -> Coroutine[Any, Any, None]:
     """Commit the session.  If the outcome is unknown, or another task keeps using it, its connections are invalidated.
 
     Args:
         session: the session.
         streaming: other tasks may begin to use the session during the commit.
     """
-    await greenlet_spawn(_commit_when_free, session, streaming)
+    return greenlet_spawn(_commit_when_free, session, streaming)
 
 
-async def rollback_session(session: AsyncSession) -> None:
+def rollback_session(session: AsyncSession) -> Coroutine[Any, Any, None]:
     """Roll back the session.  If that fails, its connections are invalidated."""
-    await greenlet_spawn(_roll_back, session)
+    return greenlet_spawn(_roll_back, session)
 
 
 def check_read_only(session: AsyncSession) -> None:
@@ -94,7 +98,7 @@ def check_read_only(session: AsyncSession) -> None:
         _check_unchanged(sync_session)
     if isinstance(sync_session, SharedSession) and sync_session.read_only:
         return
-    for connection, _ in connections_of(sync_session):
+    for connection in connections_of(sync_session):
         if not is_read_only(connection):
             raise InvalidRequestError(
                 "this context is read-only, and its session uses a connection that accepts writes, whose transaction "
@@ -102,12 +106,12 @@ def check_read_only(session: AsyncSession) -> None:
             )
 
 
-async def check_in_session(session: AsyncSession) -> None:
+def check_in_session(session: AsyncSession) -> Coroutine[Any, Any, None]:
     """End the transaction of a read-only session without flush and commit, so that its connection is checked in.
 
     If another task is using the session, nothing happens: its connection is checked in when the session is closed.
     """
-    await greenlet_spawn(_check_in, session)
+    return greenlet_spawn(_check_in, session)
 
 
 async def close_session(session: AsyncSession) -> None:
@@ -258,17 +262,17 @@ def _commit_when_free(session: AsyncSession, streaming: bool) -> None:
 
 
 def _prepare(session: AsyncSession) -> bool:
-    if not _flush(session):
-        return False
-    return not is_async_session(session) or _is_committable(connections_of(session.sync_session))
+    if not is_async_session(session):
+        _call(session, "flush")
+        return True
+    return _flush(session) and _are_committable(connections_of(session.sync_session))
 
 
 def _flush(session: AsyncSession) -> bool:
-    if is_async_session(session):
-        if not is_modified(session.sync_session):
-            return True
-        if is_flushing(session.sync_session):
-            return False
+    if not is_modified(session.sync_session):
+        return True
+    if is_flushing(session.sync_session):
+        return False
     return _attempt(session, lambda: _call(session, "flush"))
 
 
@@ -292,12 +296,12 @@ def _commit(session: AsyncSession) -> bool:
         return False
     try:
         connections = connections_of(session.sync_session)
-        if not _is_committable(connections):
+        if not _are_committable(connections):
             return False
         if len(connections) < 2:
             _call(session, "commit")
         else:
-            _commit_several(session, [connection for connection, is_own in connections if is_own])
+            _commit_several(session)
     except BaseException as error:
         if is_concurrent_use(error):
             # If the connection is refused, there is nothing to commit: the other task still waits for the first one.
@@ -314,20 +318,20 @@ def _commit(session: AsyncSession) -> bool:
     return True
 
 
-def _is_committable(connections: list[tuple[Connection, bool]]) -> bool:
+def _are_committable(connections: list[Connection]) -> bool:
     """Return False if another task is using a connection.
 
     Raise if the commit would be a success to the driver, and not to the database.
     """
-    for connection, _ in connections:  # noqa: SIM110 - all() needs a generator, which makes this function a fifth slower.
-        # The commit raises for an invalidated connection.
-        if not connection.invalidated and not is_committable(connection):
+    for connection in connections:  # noqa: SIM110 - all() needs a generator, which makes this function a fifth slower.
+        if not is_committable(connection):
             return False
     return True
 
 
-def _commit_several(session: AsyncSession, connections: list[Connection]) -> None:
+def _commit_several(session: AsyncSession) -> None:
     """Commit a session that uses several engines.  SQLAlchemy commits one connection after the other."""
+    connections = own_connections_of(session.sync_session)
     begun: list[Connection] = []
     for connection in connections:
         event.listen(connection, "commit", lambda connection: begun.append(connection))
@@ -374,8 +378,8 @@ def _check_in(session: AsyncSession) -> None:
         return
     sync_session = session.sync_session
     connections = connections_of(sync_session)
-    for connection, _ in connections:
-        if not connection.closed and not connection.invalidated and is_in_use(connection):
+    for connection in connections:
+        if is_in_use(connection):
             return
     ending.add(id(session))
     try:
@@ -384,7 +388,7 @@ def _check_in(session: AsyncSession) -> None:
             transaction.close()
     except BaseException as error:
         if not is_concurrent_use(error):
-            _invalidate(session, [connection for connection, is_own in connections if is_own])
+            _invalidate(session, connections)
             raise
     finally:
         ending.discard(id(session))
@@ -448,7 +452,7 @@ def _roll_back_to(savepoint: Savepoint) -> None:
 
 def _refuse_commit(session: AsyncSession) -> None:
     """Let each commit of the open transaction raise: its connections are invalidated, and it stays open."""
-    for connection, _ in connections_of(session.sync_session):
+    for connection in connections_of(session.sync_session):
         if not is_rolled_back(connection):
             wait_until_terminated(connection)
             invalidate(connection)
@@ -491,7 +495,7 @@ def _invalidate_in_use(session: AsyncSession, connections: Iterable[Connection])
     for connection in connections:
         if not connection.invalidated:
             wait_until_terminated(connection)
-        if not connection.closed and not connection.invalidated and is_in_use(connection):
+        if is_in_use(connection):
             warn_in_use(session.sync_session)
             invalidate(connection)
 
@@ -558,9 +562,7 @@ def _call(session: AsyncSession, method: str) -> None:
 
 
 def _own_connections(session: AsyncSession) -> list[Connection]:
-    if not is_async_session(session):
-        return []
-    return [connection for connection, is_own in connections_of(session.sync_session) if is_own]
+    return own_connections_of(session.sync_session) if is_async_session(session) else []
 
 
 def _is_original(session: AsyncSession, method: str) -> bool:

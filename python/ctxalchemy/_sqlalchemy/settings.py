@@ -67,7 +67,7 @@ class SettingsListener:
     def _on_commit(self, session: Session) -> None:
         """Restore the former settings: the commit of a session of a test only releases a savepoint."""
         if not session.in_nested_transaction():
-            for connection, _ in connections_of(session):
+            for connection in connections_of(session):
                 _set(connection, self._former)
             self._former = {}
 
@@ -78,12 +78,11 @@ class SettingsListener:
     def apply_now(self, session: Session) -> None:
         """Apply the settings to the open transaction.  If it has no connection yet, they are applied at its begin."""
         self._set_in_savepoint = session.in_nested_transaction()
-        connections = [connection for connection, _ in connections_of(session)]
-        self._apply(session, [each for each in connections if not each.closed and not each.invalidated])
+        self._apply(session, [each for each in connections_of(session) if not each.closed and not each.invalidated])
 
     def apply_later(self, session: Session) -> None:
         """Apply the settings to the open transaction, if there is one, before its next statement."""
-        for connection, _ in connections_of(session):
+        for connection in connections_of(session):
             self._is_pending = True
             self._watch(session, connection)
 
