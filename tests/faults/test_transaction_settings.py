@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import AsyncExitStack
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from sqlalchemy.orm import Session
 from support.apps import Answer, build, client_of
 from support.faults import Witness, assert_whole, db_with, psycopg_db
 from support.schema import add_note, break_commit, checked_out, count_notes, watched
+from support.sessions import Note
 from support.waiting import Gate
 
 if TYPE_CHECKING:
@@ -711,6 +713,38 @@ async def test_setting_of_a_request_does_not_hold_in_the_next_request_of_a_test(
             assert (await client.get("/")).status_code == 200
             assert values[4:] == [""]
             assert await tenant(await ctxalchemy.db_session(db)) == "3"
+
+
+@pytest.mark.parametrize("in_test", [False, True])
+@pytest.mark.parametrize("flushed", [False, True])
+async def test_missing_setting_whose_error_is_caught_has_the_same_answer_in_a_test_as_in_production(
+    ctxalchemy: ModuleType, schema: Schema, strict_db: Any, flushed: bool, in_test: bool
+) -> None:
+    """Nothing has been executed, so that the commit is a success, unless its flush needs the setting."""
+    caught: list[Exception] = []
+
+    async def endpoint() -> Answer:
+        session = await ctxalchemy.db_session(strict_db)
+        try:
+            await count_notes(session)
+        except ctxalchemy.MissingSettingsError as error:
+            caught.append(error)
+        if flushed:
+            session.add(Note(name="lost"))
+        return Answer()
+
+    async with AsyncExitStack() as stack:
+        if in_test:
+            outer = await stack.enter_async_context(ctxalchemy.testing.rollback_session(strict_db))
+            await stack.enter_async_context(ctxalchemy.testing.set_test_context())
+            await stack.enter_async_context(ctxalchemy.testing.put_savepoint_session_in_ctx(strict_db, outer))
+        client = await stack.enter_async_context(client_of(build("asgi", ctxalchemy, endpoint)))
+        for _ in range(2):
+            assert (await client.get("/")).status_code == (500 if flushed else 200)
+        assert len(caught) == 2
+        if in_test:
+            assert await count_notes(outer) == 0
+    assert await schema.notes() == []
 
 
 @pytest.mark.parametrize(

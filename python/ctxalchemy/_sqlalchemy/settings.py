@@ -56,6 +56,7 @@ class SettingsListener:
         event.listen(session, "after_begin", self._on_begin)
         event.listen(session, "after_soft_rollback", self._on_rollback)
         if isinstance(session, SharedSession):
+            event.listen(session, "before_commit", self._before_commit, insert=True)
             event.listen(session, "before_commit", self._on_commit)
 
     def _on_begin(self, session: Session, transaction: SessionTransaction, connection: Connection) -> None:
@@ -63,6 +64,12 @@ class SettingsListener:
             self._set_in_savepoint = False
             self._former = {}
             self._apply(session, [connection])
+
+    def _before_commit(self, session: Session) -> None:
+        """Refuse what the commit of a session of a test flushes, but not what ``SharedConnection`` executes then."""
+        if not session.in_nested_transaction():
+            session.flush()
+            self._refused = None
 
     def _on_commit(self, session: Session) -> None:
         """Restore the former settings: the commit of a session of a test only releases a savepoint."""
