@@ -468,7 +468,8 @@ def _savepoint_error(what: str) -> InvalidRequestError:
 def _end(session: AsyncSession, method: str, error_for_waiting_task: Callable[[], Exception]) -> None:
     """Call ``rollback`` or ``close``.  If that fails, the connections of the session are invalidated."""
     connections = _own_connections(session)
-    _invalidate_in_use(session, connections)
+    if _invalidate_in_use(session, connections):
+        _wait_for_flush(session.sync_session)
     try:
         _call(session, method)
     except BaseException as error:
@@ -486,18 +487,35 @@ def _end(session: AsyncSession, method: str, error_for_waiting_task: Callable[[]
             raise
 
 
-def _invalidate_in_use(session: AsyncSession, connections: Iterable[Connection]) -> None:
+def _invalidate_in_use(session: AsyncSession, connections: Iterable[Connection]) -> bool:
     """Invalidate the connections on which another task is executing a statement, which cancels the statement.
 
     asyncpg could not roll back such a connection, and the next task to check out the connection would find the
     statement still being executed.
+
+    Returns:
+        Whether there was such a connection.
     """
+    found = False
     for connection in connections:
         if not connection.invalidated:
             wait_until_terminated(connection)
         if is_in_use(connection):
             warn_in_use(session.sync_session)
             invalidate(connection)
+            found = True
+    return found
+
+
+def _wait_for_flush(session: Session) -> None:
+    """Wait until the flush of another task, whose statement was cancelled, has ended.
+
+    If the session were rolled back during the flush, it would still be in a transaction after the flush, which could
+    neither be used nor be committed.
+    """
+    deadline = monotonic() + IN_USE_TIMEOUT
+    while is_flushing(session) and monotonic() < deadline:
+        await_only(asyncio.sleep(0.002))
 
 
 def _invalidate(session: AsyncSession, connections: Iterable[Connection] = ()) -> None:
