@@ -125,9 +125,12 @@ async def test_checkout_has_the_entry_of_the_pool_until_it_is_detached(engine: A
         checkout: Any = await connection.get_raw_connection()
         assert checkout._connection_record.record_info is checkout.record_info, why
         assert checkout.record_info is not None, why
+        driver_connection = checkout.driver_connection
         checkout.detach()
         assert checkout._connection_record is None, why
         assert checkout.record_info is None, why
+    # SQLAlchemy 2.0 does not close a detached connection.
+    await driver_connection.close()
 
 
 async def test_error_for_concurrent_use_of_a_session_has_its_own_code(engine: AsyncEngine) -> None:

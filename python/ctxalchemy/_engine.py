@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 CLOSE_TIMEOUT = 3.0
 """Seconds for the server to answer when a connection is closed.  Then the connection is terminated."""
 
+_retired: WeakSet[Engine] = WeakSet()
+"""The engines whose connections are closed when they are checked in."""
+
 
 class LoopEngine:
     """The engine for one host on the running event loop, and its session maker.
@@ -51,8 +54,9 @@ class LoopEngine:
             event.listen(engine.sync_engine, "connect", self._on_connect)
             watch(engine)
             claim(engine, read_only)
-            if event.contains(engine.sync_engine, "checkin", _invalidate_on_checkin):
+            if engine.sync_engine in _retired:
                 # A creator may return the same engine each time.  This engine was retired before, and is in use again.
+                _retired.discard(engine.sync_engine)
                 event.remove(engine.sync_engine, "checkin", _invalidate_on_checkin)
 
     def _on_connect(self, _dbapi_connection: object, pool_entry: ConnectionPoolEntry) -> None:
@@ -70,6 +74,7 @@ class LoopEngine:
     def retire(self) -> None:
         """Let open transactions finish, and close each connection when it is checked in."""
         if self._is_real:
+            _retired.add(self.engine.sync_engine)
             event.listen(self.engine.sync_engine, "checkin", _invalidate_on_checkin)
 
     def discard(self) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
+import sys
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
-from sqlalchemy import make_url, text
+from sqlalchemy import Engine, NullPool, make_url, text
 from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from support.apps import Answer, build, each_kind, http_scope
@@ -1103,6 +1105,38 @@ async def test_engine_that_has_opened_connections_cannot_become_read_only(
             await ctxalchemy.db_session(db)
     await engine.dispose()
     await db.close()
+
+
+@pytest.mark.skipif(sys.implementation.name != "cpython", reason="only in CPython, an id is an address")
+async def test_engine_at_the_address_of_a_former_read_only_engine_is_read_only(
+    ctxalchemy: ModuleType, schema: Schema
+) -> None:
+    """SQLAlchemy's registry of listeners contains the id of the former engine as long as its dialect exists."""
+
+    def create_engine() -> AsyncEngine:
+        return create_async_engine(schema.url, poolclass=NullPool, connect_args=schema.connect_args())
+
+    async def assert_refuses_writes(engine: AsyncEngine) -> None:
+        db = ctxalchemy.DBConnect(
+            lambda _host: create_engine(), maker_creator(), "host", read_only_engine_creator=lambda _host: engine
+        )
+        async with db, ctxalchemy.new_ctx(read_only=True):
+            with pytest.raises(DBAPIError, match="read-only transaction"):
+                await add_note(await ctxalchemy.db_session(db), "refused")
+
+    engine, template = create_engine(), create_engine().sync_engine
+    await assert_refuses_writes(engine)
+    dialect, address = engine.dialect, id(engine.sync_engine)
+    del engine
+    gc.collect()
+    others: list[Engine] = []
+    while id(at_address := Engine.__new__(Engine)) != address:
+        others.append(at_address)
+        assert len(others) < 10_000
+    vars(at_address).update(vars(template))
+    assert at_address.dialect is not dialect
+    await assert_refuses_writes(AsyncEngine(at_address))
+    assert await schema.notes() == []
 
 
 async def test_callbacks_run_although_another_task_waits_for_a_connection_at_the_end(

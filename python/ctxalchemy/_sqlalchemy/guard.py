@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from sqlalchemy.pool import ConnectionPoolEntry, ManagesConnection
 
 _KEY = "ctxalchemy"
+_WATCHED = "ctxalchemy_is_watched"
 _TERMINATE_TIMEOUT = 4.0
 """Seconds for another task to terminate a connection: twice as long as SQLAlchemy waits for asyncpg to close one."""
 
@@ -80,12 +81,14 @@ class _State:
 
 def watch(engine: AsyncEngine) -> None:
     """Track the state of each connection of this engine."""
-    if not event.contains(engine.sync_engine, "invalidate", _on_invalidate):
-        event.listen(engine.sync_engine, "connect", partial(_on_connect, engine.dialect))
+    # Any: the dialect gets an attribute, and its methods are replaced.
+    dialect: Any = engine.dialect
+    # Not ``event.contains``: it compares the id of the engine, which may be that of an engine that no longer exists.
+    if not hasattr(dialect, _WATCHED):
+        setattr(dialect, _WATCHED, True)
+        event.listen(engine.sync_engine, "connect", partial(_on_connect, dialect))
         event.listen(engine.sync_engine, "invalidate", _on_invalidate)
         event.listen(engine.sync_engine, "handle_error", _on_error)
-        # Any: the methods of the dialect are replaced.
-        dialect: Any = engine.dialect
         _note_failures(dialect)
         _check_commits(engine, dialect)
         _begin_before_savepoints(dialect)

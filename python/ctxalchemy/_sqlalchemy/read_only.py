@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 _LEFT = "ctxalchemy: left autocommit"
 _SAVEPOINTS = "ctxalchemy: savepoints in a transaction"
 
-_claimed: WeakKeyDictionary[Dialect, bool] = WeakKeyDictionary()
-"""The dialects of all engines in use, and whether these engines are read-only."""
+_READ_ONLY = "ctxalchemy_is_read_only"
+"""The attribute of the dialect of each engine in use: whether the engine is read-only."""
 
 _levels: WeakKeyDictionary[Dialect, IsolationLevel] = WeakKeyDictionary()
 """The isolation levels of transactions on read-only engines, if ``create_engine`` was called with a level."""
@@ -38,18 +38,24 @@ def claim(engine: AsyncEngine, read_only: bool) -> None:
         ValueError: the engine is used for the other purpose already, or has connections already, or the database is not
             supported.
     """
-    if _claimed.setdefault(engine.dialect, read_only) != read_only:
+    # Any: the dialect gets an attribute.
+    dialect: Any = engine.dialect
+    # Not ``event.contains``: it compares the id of the engine, which may be that of an engine that no longer exists.
+    is_claimed = hasattr(dialect, _READ_ONLY)
+    if is_claimed and is_read_only(dialect) != read_only:
         raise ValueError(
             "read_only_engine_creator must create an engine of its own: it returned an engine that is also used for "
             "writes"
         )
-    if read_only and not event.contains(engine.sync_engine, "do_connect", request_read_only):
-        _make_read_only(engine)
+    if not is_claimed:
+        if read_only:
+            _make_read_only(engine)
+        setattr(dialect, _READ_ONLY, read_only)
 
 
-def is_read_only(connection: Connection) -> bool:
-    """Return whether this is the connection of a read-only engine."""
-    return _claimed.get(connection.dialect, False)
+def is_read_only(dialect: Dialect) -> bool:
+    """Return whether this is the dialect of a read-only engine."""
+    return getattr(dialect, _READ_ONLY, False)
 
 
 def leave_autocommit(connection: Connection) -> None:
@@ -61,7 +67,7 @@ def leave_autocommit(connection: Connection) -> None:
     """
     # Any: SQLAlchemy's types do not know the adapter of a driver that is passed here.
     proxied, dialect = connection.connection, cast(Any, connection.dialect)
-    if is_read_only(connection) and is_autocommit(dialect, proxied):
+    if is_read_only(dialect) and is_autocommit(dialect, proxied):
         _info(proxied)[_LEFT] = True
         dialect.set_isolation_level(proxied.dbapi_connection, _levels.get(dialect) or dialect.default_isolation_level)
 

@@ -99,7 +99,7 @@ def check_read_only(session: AsyncSession) -> None:
     if isinstance(sync_session, SharedSession) and sync_session.read_only:
         return
     for connection in connections_of(sync_session):
-        if not is_read_only(connection):
+        if not is_read_only(connection.dialect):
             raise InvalidRequestError(
                 "this context is read-only, and its session uses a connection that accepts writes, whose transaction "
                 f"would be lost: use this session in a context that is not read-only{_READ_ONLY_PAGE}"
