@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 from unittest.mock import AsyncMock, MagicMock, create_autospec
 
 import pytest
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy import Connection
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,3 +60,27 @@ async def test_method_patched_on_the_class_is_called(
     with pytest.raises(LookupError, match="patched"):
         async with ctxalchemy.new_ctx():
             await (await ctxalchemy.db_session(db)).begin()
+
+
+@pytest.mark.parametrize("connection", [MagicMock, lambda: create_autospec(Connection, instance=True)])
+@pytest.mark.parametrize("end", ["commit", "rollback", "close"])
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+async def test_session_on_a_mocked_engine_ends_without_a_warning(
+    ctxalchemy: ModuleType, caplog: pytest.LogCaptureFixture, connection: Callable[[], Any], end: str
+) -> None:
+    """The session is a real one, and only its connection is a mock."""
+    engine = MagicMock()
+    mocked = engine.sync_engine.connect.return_value = connection()
+    mocked.engine = MagicMock()
+    mocked.in_transaction.return_value = False
+    db = ctxalchemy.DBConnect(lambda _host: engine, async_sessionmaker, "host")
+    with pytest.raises(LookupError) if end == "rollback" else nullcontext():
+        async with ctxalchemy.new_ctx():
+            session = await ctxalchemy.db_session(db)
+            await session.run_sync(lambda sync_session: sync_session.connection())
+            if end == "rollback":
+                raise LookupError
+            if end == "close":
+                await ctxalchemy.close_db_session(db)
+    mocked.close.assert_called_once_with()
+    assert caplog.messages == []

@@ -85,7 +85,7 @@ async def test_session_whose_close_state_is_closed_begins_no_new_transaction(eng
 
 async def test_transaction_lists_its_connections_and_whether_the_session_checked_them_out(engine: AsyncEngine) -> None:
     """``SessionTransaction._connections``."""
-    why = "internals.connections_of and own_connections_of read the connections of a session from this dictionary"
+    why = "internals.connections_of reads the connections of a session from this dictionary"
 
     async def assert_one(session: AsyncSession, own: bool) -> None:
         connection = await session.connection()
@@ -129,7 +129,7 @@ async def test_checkout_has_the_entry_of_the_pool_until_it_is_detached(engine: A
         checkout.detach()
         assert checkout._connection_record is None, why
         assert checkout.record_info is None, why
-    # SQLAlchemy 2.0 does not close a detached connection.
+    # Over psycopg, SQLAlchemy leaves a detached connection open.
     await driver_connection.close()
 
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
-from sqlalchemy import Engine, NullPool, make_url, text
+from sqlalchemy import Engine, NullPool, event, make_url, text
 from sqlalchemy.exc import DBAPIError, InvalidRequestError
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from support.apps import Answer, build, each_kind, http_scope
 from support.faults import Wire, Witness, assert_whole, client_of, over_psycopg, pids, serve, sleeping
 from support.pgbouncer import connect_args_of_clients, refused_parameters
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from types import ModuleType
 
-    from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
+    from sqlalchemy.ext.asyncio import AsyncSessionTransaction
     from support.mariadb import MariaDBSchema
 
 COUNT = "SELECT count(*) FROM note"
@@ -1105,6 +1105,30 @@ async def test_engine_that_has_opened_connections_cannot_become_read_only(
             await ctxalchemy.db_session(db)
     await engine.dispose()
     await db.close()
+
+
+async def test_failed_check_in_leaves_the_connection_that_was_passed_to_the_session(
+    ctxalchemy: ModuleType, db_per_driver: Any
+) -> None:
+    """The connection belongs to the caller, for example to a test."""
+
+    def fail(*_: object) -> None:
+        raise LookupError("a listener of the application")
+
+    async with ctxalchemy.new_ctx(read_only=True):
+        engine = (await (await ctxalchemy.db_session(db_per_driver)).connection()).engine
+    async with engine.connect() as connection:
+        await connection.execute(text("SELECT 1"))
+        session = AsyncSession(connection, join_transaction_mode="create_savepoint")
+        event.listen(session.sync_session, "after_transaction_end", fail)
+
+        async def read() -> None:
+            ctxalchemy.put_db_session_to_context(db_per_driver, session)
+            await session.execute(text("SELECT 1"))
+
+        with pytest.raises(LookupError):
+            await ctxalchemy.in_new_ctx(read_only=True)(read)()
+        assert await connection.scalar(text("SELECT 1")) == 1
 
 
 @pytest.mark.skipif(sys.implementation.name != "cpython", reason="only in CPython, an id is an address")

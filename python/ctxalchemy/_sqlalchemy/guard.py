@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from weakref import ref
 
 from sqlalchemy import Connection, Engine, PoolProxiedConnection, event
-from sqlalchemy.exc import InvalidRequestError, OperationalError
+from sqlalchemy.exc import InvalidRequestError, OperationalError, ResourceClosedError
 
 from .._errors import see
 from .cursors import FETCHES, guard_cursors
@@ -287,8 +287,10 @@ def is_committable(connection: Connection) -> bool:
     """
     proxied = checkout_of(connection)
     if proxied is None:
-        # The commit raises for an invalidated connection, and ``connection`` for a closed one.
-        return connection.invalidated or connection.connection.is_valid
+        if not connection.invalidated:
+            raise ResourceClosedError("this session cannot be committed: its connection was closed")
+        # The commit raises, except if an outer transaction of the application contains that of the session.
+        return True
     record_info = record_info_of(proxied)
     state: _State | None = None if record_info is None else record_info.get(_KEY)
     if _is_in_use(connection, proxied, record_info, state):

@@ -1,8 +1,10 @@
 """Commit, roll back and close one session, and run a block of it in a savepoint.
 
-Each operation runs in one greenlet.  In it, a method of ``AsyncSession`` is called directly on the synchronous
-session.  A method that a subclass overrides or a test has patched is awaited; ``flush`` only if there is something to
-flush.  Other objects, such as test doubles, are used only through their public methods.
+Each operation runs in one greenlet.  ``flush_session``, ``commit_session``, ``rollback_session`` and
+``check_in_session`` return the coroutine of ``greenlet_spawn``: an ``async def`` would cost each request one more
+coroutine.  In the greenlet, a method of ``AsyncSession`` is called directly on the synchronous session.  A method that
+a subclass overrides or a test has patched is awaited; ``flush`` only if there is something to flush.  Other objects,
+such as test doubles, are used only through their public methods.
 """
 
 from __future__ import annotations
@@ -35,7 +37,6 @@ from .internals import (
     is_flushing,
     is_modified,
     is_permanently_closed,
-    own_connections_of,
 )
 from .read_only import is_read_only
 from .shared import SharedSession
@@ -57,9 +58,6 @@ class PartlyCommittedError(Exception):
 
     The first error is its ``__cause__``.
     """
-
-
-# These functions are not async: each request would pay for one more coroutine than that of ``greenlet_spawn``.
 
 
 def flush_session(session: AsyncSession) -> Coroutine[Any, Any, None]:
@@ -318,7 +316,7 @@ def _commit(session: AsyncSession) -> bool:
     return True
 
 
-def _are_committable(connections: list[Connection]) -> bool:
+def _are_committable(connections: Iterable[Connection]) -> bool:
     """Return False if another task is using a connection.
 
     Raise if the commit would be a success to the driver, and not to the database.
@@ -331,7 +329,7 @@ def _are_committable(connections: list[Connection]) -> bool:
 
 def _commit_several(session: AsyncSession) -> None:
     """Commit a session that uses several engines.  SQLAlchemy commits one connection after the other."""
-    connections = own_connections_of(session.sync_session)
+    connections = _own_connections(session)
     begun: list[Connection] = []
     for connection in connections:
         event.listen(connection, "commit", lambda connection: begun.append(connection))
@@ -388,7 +386,7 @@ def _check_in(session: AsyncSession) -> None:
             transaction.close()
     except BaseException as error:
         if not is_concurrent_use(error):
-            _invalidate(session, connections)
+            _invalidate(session, [connection for connection, is_own in connections.items() if is_own])
             raise
     finally:
         ending.discard(id(session))
@@ -580,7 +578,9 @@ def _call(session: AsyncSession, method: str) -> None:
 
 
 def _own_connections(session: AsyncSession) -> list[Connection]:
-    return own_connections_of(session.sync_session) if is_async_session(session) else []
+    if not is_async_session(session):
+        return []
+    return [connection for connection, is_own in connections_of(session.sync_session).items() if is_own]
 
 
 def _is_original(session: AsyncSession, method: str) -> bool:
