@@ -73,9 +73,9 @@ which closes nothing either. "open + close + reset context" closes an empty cont
 
 REQUEST = """\
 Microseconds of CPU time per request, in one process without a server: a bare ASGI function under the middleware.
-The figures are medians, with the first and the third quartile in brackets. Each sitting opens new connections. A
-read-only request has a read-only context under ctxalchemy, and an ordinary session elsewhere. Wall times are in
-`results/`.
+The figures are medians, with the first and the third quartile in brackets. Each sitting opens new connections. Each
+round is scaled to the median round, because other work on the machine affects all columns of a round alike. A read-only
+request has a read-only context under ctxalchemy, and an ordinary session elsewhere. Wall times are in `results/`.
 """
 
 INSTRUCTIONS = """\

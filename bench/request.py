@@ -369,7 +369,7 @@ def workloads(urls: dict[str, str]) -> list[tuple[str, str, str]]:
 
 
 def run(quick: bool = False) -> None:
-    """Measure all workloads, and save the nanoseconds per request: medians over all rounds, and quartiles."""
+    """Measure all workloads, and save the nanoseconds per request: medians and quartiles of all rounds."""
     pin(0)
     figures: dict[str, dict[str, dict[str, Any]]] = {}
     urls = databases()
@@ -391,12 +391,21 @@ def _measure(runner: asyncio.Runner, url: str, work: str, quick: bool) -> dict[s
     for _ in range(repeats):
         for name, costs in _measure_once(runner, url, work, rounds).items():
             samples.setdefault(name, []).extend(costs)
-    return {name: _summary(costs) for name, costs in samples.items()}
+    rounds_of_all = zip(*samples.values(), strict=True)
+    totals = [Cost(sum(cost.cpu for cost in each), sum(cost.wall for cost in each)) for each in rounds_of_all]
+    return {name: _summary(costs, totals) for name, costs in samples.items()}
 
 
-def _summary(costs: list[Cost]) -> dict[str, Any]:
-    first, middle, third = quantiles((cost.cpu for cost in costs), n=4)
-    return {"cpu": middle, "wall": median(cost.wall for cost in costs), "cpu_quartiles": [first, third]}
+def _summary(costs: list[Cost], totals: list[Cost]) -> dict[str, Any]:
+    """Return the medians and quartiles of the costs, as if the costs of all competitors had the same sum in each round.
+
+    Other work on the machine often lasts longer than a round, and then affects all competitors alike.
+    """
+    cpu = [cost.cpu / total.cpu for cost, total in zip(costs, totals, strict=True)]
+    wall = [cost.wall / total.wall for cost, total in zip(costs, totals, strict=True)]
+    of_all = Cost(median(total.cpu for total in totals), median(total.wall for total in totals))
+    first, middle, third = (share * of_all.cpu for share in quantiles(cpu, n=4))
+    return {"cpu": middle, "wall": median(wall) * of_all.wall, "cpu_quartiles": [first, third]}
 
 
 def _measure_once(runner: asyncio.Runner, url: str, work: str, rounds: int) -> dict[str, list[Cost]]:
