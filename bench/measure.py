@@ -52,6 +52,12 @@ def pin(core: int) -> None:
         os.sched_setaffinity(0, {allowed[core % len(allowed)]})
 
 
+def pin_elsewhere(process: int) -> None:
+    """Keep another process, and those that it starts, off the core to which this process is pinned."""
+    if hasattr(os, "sched_setaffinity") and (others := os.sched_getaffinity(process) - os.sched_getaffinity(0)):
+        os.sched_setaffinity(process, others)
+
+
 @contextmanager
 def garbage_collector_disabled() -> Iterator[None]:
     """Disable the garbage collector, so that no competitor is charged for the garbage of another."""

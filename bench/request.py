@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from statistics import median, quantiles
 from time import perf_counter_ns, process_time_ns
 from types import ModuleType
@@ -29,6 +30,7 @@ from .measure import (
     interpreter,
     measure_interleaved,
     pin,
+    pin_elsewhere,
     repetitions,
     save,
     shuffled,
@@ -368,13 +370,37 @@ def workloads(urls: dict[str, str]) -> list[tuple[str, str, str]]:
     return rows + [(f"{work}, {last}", work, urls[last]) for work in (*ONE_STATEMENT, THREE, STREAM)]
 
 
+async def pin_server(url: str) -> None:
+    """Keep a PostgreSQL server on this machine off the core of this process.
+
+    If both share a core, the CPU time of a request depends on which of its connections does so.
+    """
+    engine = libraries.create_engine(url)
+    async with engine.connect() as connection:
+        _pin_server_of(await connection.scalar(text("SELECT pg_backend_pid()")))
+    await engine.dispose()
+
+
+def _pin_server_of(pid: int) -> None:
+    process = Path(f"/proc/{pid}")
+    if process.exists() and (process / "comm").read_text() == "postgres\n":
+        # The server has started this process, and starts one for each connection.  The id of a parent is the second
+        # field after the name of a process, which is in parentheses.
+        pin_elsewhere(int((process / "stat").read_text().rpartition(")")[2].split()[1]))
+    else:
+        warn("the PostgreSQL server is not on this machine, and cannot be pinned to other cores")
+
+
 def run(quick: bool = False) -> None:
     """Measure all workloads, and save the nanoseconds per request: medians and quartiles of all rounds."""
     pin(0)
     figures: dict[str, dict[str, dict[str, Any]]] = {}
     urls = databases()
     with asyncio.Runner() as runner:
-        runner.run(create_table(list(urls.values())[-1]))
+        last = list(urls.values())[-1]
+        runner.run(create_table(last))
+        if "PostgreSQL" in urls:
+            runner.run(pin_server(last))
         for row, work, url in workloads(urls):
             figures[row] = _measure(runner, url, work, quick)
             _print(row, figures[row])
