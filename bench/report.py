@@ -51,7 +51,7 @@ INTRODUCTION = """\
 ## How to read the details
 
 All competitors in a table were measured in one run, interleaved in random order: the ratios hold even if other work was
-running on the machine, but the spread is then larger. The absolute figures hold for this machine only. The lowest cost
+running on the machine. The absolute figures hold for this machine only. The lowest cost
 in each row is **bold**; floors and the bare application do not compete.
 
 - A **hit** is a call of `db_session` or `db_session_nowait` for a session that exists already in the context.
@@ -74,8 +74,9 @@ which closes nothing either. "open + close + reset context" closes an empty cont
 REQUEST = """\
 Microseconds of CPU time per request, in one process without a server: a bare ASGI function under the middleware.
 The figures are medians, with the first and the third quartile in brackets. Each sitting opens new connections. Each
-round is scaled to the median round, because other work on the machine affects all columns of a round alike. A read-only
-request has a read-only context under ctxalchemy, and an ordinary session elsewhere. Wall times are in `results/`.
+round is scaled so that its columns have the same sum, because other work on the machine affects all of them alike. A
+read-only request has a read-only context under ctxalchemy, and an ordinary session elsewhere. Wall times are in
+`results/`.
 """
 
 INSTRUCTIONS = """\

@@ -292,11 +292,13 @@ async def test_close_closes_the_connections_and_the_next_use_opens_new_connectio
     assert await schema.notes() == ["first", "second"]
 
 
+@pytest.mark.parametrize("derived", [False, True])
 async def test_engine_that_the_creator_returns_again_keeps_its_connections(
-    ctxalchemy: ModuleType, schema: Schema, db: Any
+    ctxalchemy: ModuleType, schema: Schema, db: Any, derived: bool
 ) -> None:
+    """An engine that is derived from another one uses the same pool."""
     engine = db.engine_creator(db.host)
-    db.engine_creator = lambda _host: engine
+    db.engine_creator = lambda _host: engine.execution_options(logging_token="app") if derived else engine
     pids = []
     for _ in range(3):
         async with ctxalchemy.new_ctx():

@@ -24,8 +24,11 @@ if TYPE_CHECKING:
 CLOSE_TIMEOUT = 3.0
 """Seconds for the server to answer when a connection is closed.  Then the connection is terminated."""
 
-_retired: WeakSet[Engine] = WeakSet()
-"""The engines whose connections are closed when they are checked in."""
+_RETIRED = "ctxalchemy_is_retired"
+"""The attribute of the dialect of an engine that was retired: whether each connection is closed when it is checked in.
+
+It becomes False if a creator returns the engine again, or another engine with the same pool.
+"""
 
 
 class LoopEngine:
@@ -54,10 +57,8 @@ class LoopEngine:
             event.listen(engine.sync_engine, "connect", self._on_connect)
             watch(engine)
             claim(engine, read_only)
-            if engine.sync_engine in _retired:
-                # A creator may return the same engine each time.  This engine was retired before, and is in use again.
-                _retired.discard(engine.sync_engine)
-                event.remove(engine.sync_engine, "checkin", _invalidate_on_checkin)
+            if hasattr(engine.dialect, _RETIRED):
+                setattr(engine.dialect, _RETIRED, False)
 
     def _on_connect(self, _dbapi_connection: object, pool_entry: ConnectionPoolEntry) -> None:
         self._pool_entries.add(pool_entry)
@@ -74,8 +75,10 @@ class LoopEngine:
     def retire(self) -> None:
         """Let open transactions finish, and close each connection when it is checked in."""
         if self._is_real:
-            _retired.add(self.engine.sync_engine)
-            event.listen(self.engine.sync_engine, "checkin", _invalidate_on_checkin)
+            dialect = self.engine.dialect
+            if not hasattr(dialect, _RETIRED):
+                event.listen(self.engine.sync_engine, "checkin", partial(_invalidate_if_retired, dialect))
+            setattr(dialect, _RETIRED, True)
 
     def discard(self) -> None:
         """Dispose of an engine that has never been used."""
@@ -188,5 +191,6 @@ def check_engine(creator: str, engine: object) -> None:
         raise TypeError(f"{creator} must return an AsyncEngine, it returned {type(engine).__name__}")
 
 
-def _invalidate_on_checkin(_dbapi_connection: object, pool_entry: ConnectionPoolEntry) -> None:
-    pool_entry.invalidate()
+def _invalidate_if_retired(dialect: object, _dbapi_connection: object, pool_entry: ConnectionPoolEntry) -> None:
+    if getattr(dialect, _RETIRED):
+        pool_entry.invalidate()

@@ -8,10 +8,11 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from sqlalchemy import ForeignKey, select, text
+from sqlalchemy import ForeignKey, event, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, mapped_column
+from sqlalchemy.util import await_only
 from support.apps import KINDS, Answer, Kind, build, call
 from support.faults import (
     CommitGate,
@@ -318,6 +319,49 @@ async def test_request_that_ends_during_a_flush_leaves_nothing_open_and_a_commit
     assert outcomes == [None] if end == "200" else all_failed(outcomes)
     await case.assert_ended(is_served=True)
     await assert_whole(ctxalchemy, schema, db_per_driver, notes=["the task's"] if end == "200" else [])
+
+
+async def test_session_can_be_used_again_after_a_rollback_that_is_cancelled_while_it_waits_for_a_flush(
+    ctxalchemy: ModuleType, schema: Schema, db: Any
+) -> None:
+    """A listener of the application prolongs the flush whose statement was cancelled."""
+
+    def prolong(_context: object) -> None:
+        await_only(asyncio.sleep(0.3))
+
+    await schema.observer.execute(SLOW_INSERTS)
+    async with ctxalchemy.new_ctx():
+        session = await ctxalchemy.db_session(db)
+        event.listen((await session.connection()).sync_engine, "handle_error", prolong)
+        session.add(Note(name="lost"))
+        task = asyncio.create_task(session.flush())
+        assert await eventually(lambda: sleeping(schema))
+        rollback = asyncio.create_task(ctxalchemy.rollback_db_session(db))
+        await asyncio.sleep(0.1)
+        rollback.cancel()
+        await asyncio.wait((task, rollback))
+        assert rollback.cancelled()
+        assert await count_notes(session) == 0
+    assert await schema.notes() == []
+
+
+async def test_session_can_be_used_again_after_a_commit_that_waited_too_long_for_a_flush(
+    ctxalchemy: ModuleType, schema: Schema, db_per_driver: Any
+) -> None:
+    await schema.observer.execute(SLOW_INSERTS.replace("0.2", "15"))
+    async with ctxalchemy.new_ctx():
+        session = await ctxalchemy.db_session(db_per_driver)
+        await count_notes(session)
+        session.add(Note(name="lost"))
+        task = asyncio.create_task(session.flush())
+        assert await eventually(lambda: sleeping(schema))
+        with pytest.raises(InvalidRequestError, match="is executing a statement"):
+            await ctxalchemy.commit_db_session(db_per_driver)
+        assert all_failed([*await asyncio.gather(task, return_exceptions=True)])
+        await ctxalchemy.rollback_db_session(db_per_driver)
+        assert await count_notes(session) == 0
+    await schema.observer.execute("DROP TRIGGER wait ON note")
+    await assert_whole(ctxalchemy, schema, db_per_driver, notes=[])
 
 
 @pytest.mark.parametrize("end", ENDS)

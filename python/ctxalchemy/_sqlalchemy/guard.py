@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 _KEY = "ctxalchemy"
 _WATCHED = "ctxalchemy_is_watched"
+"""The attribute of the dialect of each engine that is watched."""
 _TERMINATE_TIMEOUT = 4.0
 """Seconds for another task to terminate a connection: twice as long as SQLAlchemy waits for asyncpg to close one."""
 
@@ -85,7 +86,6 @@ def watch(engine: AsyncEngine) -> None:
     dialect: Any = engine.dialect
     # Not ``event.contains``: it compares the id of the engine, which may be that of an engine that no longer exists.
     if not hasattr(dialect, _WATCHED):
-        setattr(dialect, _WATCHED, True)
         event.listen(engine.sync_engine, "connect", partial(_on_connect, dialect))
         event.listen(engine.sync_engine, "invalidate", _on_invalidate)
         event.listen(engine.sync_engine, "handle_error", _on_error)
@@ -93,6 +93,7 @@ def watch(engine: AsyncEngine) -> None:
         _check_commits(engine, dialect)
         _begin_before_savepoints(dialect)
         guard_cursors(dialect)
+        setattr(dialect, _WATCHED, True)
 
 
 def _note_failures(dialect: Any) -> None:
@@ -289,7 +290,7 @@ def is_committable(connection: Connection) -> bool:
     if proxied is None:
         if not connection.invalidated:
             raise ResourceClosedError("this session cannot be committed: its connection was closed")
-        # The commit raises, except if an outer transaction of the application contains that of the session.
+        # The commit raises, unless an outer transaction of the application contains that of the session.
         return True
     record_info = record_info_of(proxied)
     state: _State | None = None if record_info is None else record_info.get(_KEY)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 IN_USE_TIMEOUT = 1.0
-"""Seconds for which a commit waits until another task has executed its statement."""
+"""Seconds for which a commit waits until another task has executed its statement, or a rollback until a flush ends."""
 
 
 def warn_in_use(session: Session) -> None:

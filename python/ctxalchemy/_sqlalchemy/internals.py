@@ -98,9 +98,9 @@ def connections_of(session: Session) -> dict[Connection, bool]:
     if transaction is not None:
         # Each connection is in this dictionary twice: under itself, and under its engine.
         for connection, _, _, is_own in transaction._connections.values():
-            # The connection of a mock engine is not one.
+            # A mock engine returns a mock, not a ``Connection``.
             if issubclass(type(connection), Connection):
-                connections[connection] = is_own  # noqa: PERF403 - Python 3.11 calls a function for it.
+                connections[connection] = is_own  # noqa: PERF403 - Python 3.11 calls a function for a comprehension.
     return connections
 
 

@@ -41,16 +41,19 @@ def claim(engine: AsyncEngine, read_only: bool) -> None:
     # Any: the dialect gets an attribute.
     dialect: Any = engine.dialect
     # Not ``event.contains``: it compares the id of the engine, which may be that of an engine that no longer exists.
-    is_claimed = hasattr(dialect, _READ_ONLY)
-    if is_claimed and is_read_only(dialect) != read_only:
+    is_new = not hasattr(dialect, _READ_ONLY)
+    # Another thread may claim the engine at the same time.
+    if vars(dialect).setdefault(_READ_ONLY, read_only) != read_only:
         raise ValueError(
             "read_only_engine_creator must create an engine of its own: it returned an engine that is also used for "
             "writes"
         )
-    if not is_claimed:
-        if read_only:
+    if read_only and is_new:
+        try:
             _make_read_only(engine)
-        setattr(dialect, _READ_ONLY, read_only)
+        except BaseException:
+            delattr(dialect, _READ_ONLY)
+            raise
 
 
 def is_read_only(dialect: Dialect) -> bool:

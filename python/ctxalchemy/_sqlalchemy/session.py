@@ -33,6 +33,7 @@ from .internals import (
     close_permanently,
     connections_of,
     greenlet_spawn,
+    in_greenlet,
     is_concurrent_use,
     is_flushing,
     is_modified,
@@ -464,11 +465,11 @@ def _savepoint_error(what: str) -> InvalidRequestError:
 
 
 def _end(session: AsyncSession, method: str, error_for_waiting_task: Callable[[], Exception]) -> None:
-    """Call ``rollback`` or ``close``.  If that fails, the connections of the session are invalidated."""
+    """Call ``rollback`` or ``close``, after the flush of another task.  If this fails, invalidate the connections."""
     connections = _own_connections(session)
-    if _invalidate_in_use(session, connections):
-        _wait_for_flush(session.sync_session)
     try:
+        if _invalidate_in_use(session, connections):
+            _wait_for_flush(session.sync_session)
         _call(session, method)
     except BaseException as error:
         if is_concurrent_use(error):
@@ -512,7 +513,7 @@ def _wait_for_flush(session: Session) -> None:
     neither be used nor be committed.
     """
     deadline = monotonic() + IN_USE_TIMEOUT
-    while is_flushing(session) and monotonic() < deadline:
+    while is_flushing(session) and monotonic() < deadline and in_greenlet():
         await_only(asyncio.sleep(0.002))
 
 
@@ -531,6 +532,10 @@ def _invalidate(session: AsyncSession, connections: Iterable[Connection] = ()) -
             invalidate(connection)
         except BaseException as error:
             failures.append(error)
+    try:
+        _wait_for_flush(session.sync_session)
+    except BaseException as error:
+        failures.append(error)
     try:
         ending.add(id(session))
         session.sync_session.invalidate()

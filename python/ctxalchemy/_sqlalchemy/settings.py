@@ -56,7 +56,6 @@ class SettingsListener:
         event.listen(session, "after_begin", self._on_begin)
         event.listen(session, "after_soft_rollback", self._on_rollback)
         if isinstance(session, SharedSession):
-            event.listen(session, "before_commit", self._before_commit, insert=True)
             event.listen(session, "before_commit", self._on_commit)
 
     def _on_begin(self, session: Session, transaction: SessionTransaction, connection: Connection) -> None:
@@ -64,12 +63,6 @@ class SettingsListener:
             self._set_in_savepoint = False
             self._former = {}
             self._apply(session, [connection])
-
-    def _before_commit(self, session: Session) -> None:
-        """Refuse what the commit of a session of a test flushes, but not what ``SharedConnection`` executes then."""
-        if not session.in_nested_transaction():
-            session.flush()
-            self._refused = None
 
     def _on_commit(self, session: Session) -> None:
         """Restore the former settings: the commit of a session of a test only releases a savepoint."""
@@ -113,14 +106,18 @@ class SettingsListener:
             event.listen(connection, "before_cursor_execute", self._before_execute)
 
     def _before_execute(self, _connection: Connection, _cursor: object, statement: str, *_: object) -> None:
-        if self._refused is not None and self._refused.is_active and not statement.startswith("ROLLBACK"):
-            if self._is_pending:
-                self.apply_now(self._refused.session)
-                return
-            _check(self.settings)
-            raise InvalidRequestError(
-                "this transaction cannot be used, because its settings could not be applied: roll it back" + _PAGE
-            )
+        if self._refused is None or not self._refused.is_active or statement.startswith("ROLLBACK"):
+            return
+        session = self._refused.session
+        if isinstance(session, SharedSession) and session.shared.is_checking:
+            return
+        if self._is_pending:
+            self.apply_now(session)
+            return
+        _check(self.settings)
+        raise InvalidRequestError(
+            "this transaction cannot be used, because its settings could not be applied: roll it back" + _PAGE
+        )
 
 
 def _execute(connection: Connection, settings: Settings) -> None:

@@ -133,6 +133,8 @@ class SharedConnection:
         self.connection: Connection = connection.sync_connection
         self.contexts = contexts
         self.loop = asyncio.get_running_loop()
+        self.is_checking = False
+        """Statements that production does not execute are being executed."""
         self._async_connection = connection
         self._turns: list[Turn] = []
         self._savepoints: list[_Savepoint] = []
@@ -220,7 +222,11 @@ class SharedConnection:
         session.flush()
         if session.turn in self._turns:
             self._wait(session.turn)
-            check_deferred_constraints(self.connection)
+            self.is_checking = True
+            try:
+                check_deferred_constraints(self.connection)
+            finally:
+                self.is_checking = False
         session.turn.has_committed = True
 
     def _before_execute(self, _connection: Connection, statement: object, *_: object) -> None:
