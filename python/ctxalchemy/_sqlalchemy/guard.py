@@ -290,7 +290,7 @@ def is_committable(connection: Connection) -> bool:
     if proxied is None:
         if not connection.invalidated:
             raise ResourceClosedError("this session cannot be committed: its connection was closed")
-        # The commit raises, unless an outer transaction of the application contains that of the session.
+        # SQLAlchemy refuses the commit, except inside an outer transaction of the application.
         return True
     record_info = record_info_of(proxied)
     state: _State | None = None if record_info is None else record_info.get(_KEY)

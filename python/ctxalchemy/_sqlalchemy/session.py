@@ -497,8 +497,7 @@ def _invalidate_in_use(session: AsyncSession, connections: Iterable[Connection])
     """
     found = False
     for connection in connections:
-        if not connection.invalidated:
-            wait_until_terminated(connection)
+        wait_until_terminated(connection)
         if is_in_use(connection):
             warn_in_use(session.sync_session)
             invalidate(connection)
@@ -527,8 +526,7 @@ def _invalidate(session: AsyncSession, connections: Iterable[Connection] = ()) -
     failures: list[BaseException] = []
     for connection in {*_own_connections(session), *connections}:
         try:
-            if not connection.closed and not connection.invalidated:
-                wait_until_terminated(connection)
+            wait_until_terminated(connection)
             invalidate(connection)
         except BaseException as error:
             failures.append(error)
