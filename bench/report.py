@@ -51,8 +51,8 @@ INTRODUCTION = """\
 ## How to read the details
 
 All competitors in a table were measured in one run, interleaved in random order: the ratios hold even if other work was
-running on the machine. The absolute figures hold for this machine only. The lowest cost
-in each row is **bold**; floors and the bare application do not compete.
+running on the machine. The absolute figures hold for this machine only. The lowest cost in each row is **bold**; floors
+and the bare application do not compete.
 
 - A **hit** is a call of `db_session` or `db_session_nowait` for a session that exists already in the context.
 - A **floor** is the minimum cost that the interpreter itself imposes on an operation.

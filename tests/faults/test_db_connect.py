@@ -602,6 +602,7 @@ async def test_close_while_connections_are_being_opened_leaves_none_open(
             if isinstance(result, InvalidRequestError) and not isinstance(result, PendingRollbackError):
                 assert "its connection was closed while the transaction was open" in str(result)
             else:
+                # What is no exception is the list of the messages of a response.
                 assert isinstance(result, DBAPIError | PendingRollbackError) or result[0]["status"] == 200  # type: ignore[index]
         assert await checked_out(db) == 0
         await db.close()

@@ -16,6 +16,7 @@ SESSION = object()
 async def work(db: DBConnect, rounds: int) -> None:
     for _ in range(rounds):
         context = open_context()
+        # The context accepts any object as a session.
         context.put(db, SESSION)  # type: ignore[arg-type]
         assert await db_session(db) is SESSION
         assert db_session_nowait(db) is SESSION

@@ -56,6 +56,7 @@ class Run:
         loop = asyncio.get_running_loop()
         former = loop.get_task_factory(), loop.get_exception_handler()
         loop.set_exception_handler(lambda _, context: self._record_complaint(context))
+        # The declared type of a factory also takes generators, and asyncio passes only coroutines.
         loop.set_task_factory(self._make_task)  # type: ignore[arg-type]
         try:
             self._outermost = asyncio.Task(_Counted(self._run(request), self._waits))

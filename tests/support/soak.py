@@ -446,6 +446,7 @@ class Soak:
             await self._check_setting(plan, session)
             await add_note(session, name)
 
+        # The package is imported for each backend, and has no types here.
         @package.in_new_ctx(attempts=3)  # type: ignore[untyped-decorator]
         async def write_serializably() -> None:
             self.happened["attempts of functions"] += 1
@@ -563,7 +564,8 @@ class Soak:
             await session.close()
 
     def _serves_requests(self) -> bool:
-        return any(task.get_coro().__qualname__.startswith("RequestResponseCycle") for task in asyncio.all_tasks())  # type: ignore[union-attr]
+        names = (getattr(task.get_coro(), "__qualname__", "") for task in asyncio.all_tasks())
+        return any(name.startswith("RequestResponseCycle") for name in names)
 
     def _expected_notes(self, plan: Plan) -> tuple[set[str], set[str]]:
         """Return the notes of this request that must be committed, and those that may be committed."""
